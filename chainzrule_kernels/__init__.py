@@ -1,0 +1,14 @@
+"""Fused kernels for polynomial layers and layer-Jacobian regularisation (DREG) in PyTorch."""
+
+from chainzrule_kernels import _native, reference
+from chainzrule_kernels.backends import Explanation, backend, explain
+from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE
+from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
+from chainzrule_kernels.ops.activation_tangent.op import activation_tangent
+from chainzrule_kernels.ops.linear_activation_dreg.op import linear_activation_dreg
+from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
+from chainzrule_kernels.ops.polynomial.op import polynomial
+from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
+from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
+
+__version__ = "0.1.0"

@@ -1,0 +1,113 @@
+"""Argument checks, made before any kernel runs. Each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE
+
+FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPE_NAMES = "float32, float64, bfloat16 or float16"
+
+
+def check_floating(name: str, value: Any) -> None:
+    """``value`` is a dense tensor of one of the four floating dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"{name}: expected dtype {_DTYPE_NAMES}, got {_dtype(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+
+
+def check_z(z: Any, name: str = "z") -> None:
+    """``z (..., N)`` has at least one dimension."""
+    check_floating(name, z)
+    if z.dim() == 0:
+        raise ValueError(f"{name}: expected shape (..., N) with at least one dimension, got a 0-d tensor")
+
+
+def check_coeffs(coeffs: Any, z: Tensor, channels: int | None = None) -> None:
+    """``coeffs`` is ``(D+1,)`` or ``(D+1, N)`` with ``1 <= D <= 8``, on the device of ``z``."""
+    check_floating("coeffs", coeffs)
+    if coeffs.dim() not in (1, 2):
+        raise ValueError(f"coeffs: expected shape (D+1,) or (D+1, N), got {_shape(coeffs)}")
+    degree = coeffs.shape[0] - 1
+    if not 1 <= degree <= MAX_DEGREE:
+        raise ValueError(
+            f"coeffs: expected degree D between 1 and {MAX_DEGREE}, that is 2 to {MAX_DEGREE + 1} coefficients in the "
+            f"first dimension, got {_shape(coeffs)}"
+        )
+    channels = z.shape[-1] if channels is None else channels
+    if coeffs.dim() == 2 and coeffs.shape[1] != channels:
+        raise ValueError(
+            f"coeffs: expected one polynomial for each of the {channels} channels, that is shape "
+            f"({coeffs.shape[0]}, {channels}), got {_shape(coeffs)}"
+        )
+    check_same_device("coeffs", coeffs, z)
+
+
+def check_row_sq(row_sq: Any, z: Tensor) -> None:
+    """``row_sq`` is None or ``(N,)``, on the device of ``z``."""
+    if row_sq is None:
+        return
+    check_floating("row_sq", row_sq)
+    if row_sq.dim() != 1 or row_sq.shape[0] != z.shape[-1]:
+        raise ValueError(
+            f"row_sq: expected shape ({z.shape[-1]},), one squared row norm for each channel, got {_shape(row_sq)}"
+        )
+    check_same_device("row_sq", row_sq, z)
+
+
+def check_z_dot(z_dot: Any, z: Tensor) -> None:
+    """``z_dot`` is ``(T, *z.shape)`` with the dtype and device of ``z``."""
+    check_floating("z_dot", z_dot)
+    if z_dot.dim() != z.dim() + 1 or z_dot.shape[1:] != z.shape:
+        raise ValueError(
+            f"z_dot: expected shape (T, {', '.join(str(size) for size in z.shape)}), T tangents of z, got {_shape(z_dot)}"
+        )
+    if z_dot.dtype != z.dtype:
+        raise TypeError(f"z_dot: expected the dtype of z, {_dtype(z)}, got {_dtype(z_dot)}")
+    check_same_device("z_dot", z_dot, z)
+
+
+def check_kind(kind: Any) -> None:
+    """``kind`` is one of the fixed activations."""
+    if not isinstance(kind, str):
+        raise TypeError(f"kind: expected a string, one of {', '.join(ACTIVATION_KINDS)}, got {type(kind).__name__}")
+    if kind not in ACTIVATION_KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(ACTIVATION_KINDS)}, got {kind!r}")
+
+
+def check_linear(x: Any, weight: Any, bias: Any) -> None:
+    """``x (..., in)``, ``weight (out, in)``, ``bias (out,)`` or None, all on one device."""
+    check_z(x, "x")
+    check_floating("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight: expected shape (out_features, {x.shape[-1]}) for x of shape {_shape(x)}, got {_shape(weight)}"
+        )
+    check_same_device("weight", weight, x, "x")
+    if bias is not None:
+        check_floating("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {_shape(bias)}")
+        check_same_device("bias", bias, x, "x")
+
+
+def check_same_device(name: str, value: Tensor, other: Tensor, other_name: str = "z") -> None:
+    """``value`` lies where ``other`` lies."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device}, that of {other_name}, got {value.device}")
+
+
+def _shape(value: Tensor) -> str:
+    sizes = ", ".join(str(size) for size in value.shape)
+    return f"({sizes},)" if value.dim() == 1 else f"({sizes})"
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

@@ -1,0 +1,27 @@
+"""Loads the compiled CPU module, or says why there is none.
+
+The import of ``chainzrule_kernels._cpu`` registers its kernels with the operators' CPU key (``csrc/cpu/ops.cpp``); from
+Python the module only answers what it was built for.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+# The operators' schemas must stand before a compiled module adds kernels to them.
+import chainzrule_kernels.ops  # noqa: F401
+
+cpu: ModuleType | None = None
+missing_because: str | None = None
+
+if os.environ.get("CHAINZRULE_KERNELS_NO_NATIVE", "0") not in ("", "0"):
+    missing_because = "switched off by the environment variable CHAINZRULE_KERNELS_NO_NATIVE"
+else:
+    try:
+        from chainzrule_kernels import _cpu as cpu  # type: ignore[attr-defined,no-redef]
+    except ImportError as error:
+        missing_because = (
+            "the compiled CPU module is not installed (was there a C++ compiler when the package was installed?): "
+            f"{error}"
+        )

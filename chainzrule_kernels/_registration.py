@@ -1,0 +1,153 @@
+"""One way from a public function to a kernel: operators that carry every derivative with them.
+
+An operator of this package is registered with PyTorch's dispatcher once, here, together with
+
+* its *definition* in plain PyTorch: what every kernel must reproduce, and what runs where no kernel exists,
+* its *fake*: the outputs' shapes, dtypes and strides,
+* its *vjp* and *jvp*: formulas for reverse and forward mode. The vjp of a forward operator calls a backward operator (a
+  kernel); the vjp of a backward operator is plain PyTorch, differentiable to any order.
+
+The same ``torch.autograd.Function`` serves two callers. Eager code calls it directly, which is what ``torch.func``
+transforms understand. ``torch.compile`` and ``torch.export`` see the bare operator, since Dynamo refuses a Function that
+defines ``jvp``; the operator's Autograd kernel then applies the same Function. Registering with ``register_autograd``
+alone would give silent zeros under forward-mode differentiation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+NAMESPACE = "chainzrule_kernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+Definition = Callable[..., Any]
+Derivative = Callable[[tuple[Any, ...], tuple[bool, ...], Sequence[Tensor | None]], Sequence[Tensor | None]]
+Tangent = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor]]
+
+
+class Operator:
+    """A registered operator. Calling it with the positional arguments of its schema runs it.
+
+    In the schema the tensor arguments come first and no argument has a default: the dispatcher drops arguments that
+    equal their default before it reaches a kernel.
+
+    Args:
+        schema: ``"name(Tensor z, …) -> (Tensor, …)"``.
+        definition: the same signature in plain PyTorch.
+        fake: the same signature; returns empty tensors of the right shape, dtype and strides.
+        vjp: ``(inputs, needs, grads) -> one gradient or None for each tensor input``. ``grads`` holds None for an output
+            that was not used.
+        jvp: ``(inputs, tangents) -> one tangent for each output``. ``tangents`` holds None for a constant input.
+    """
+
+    def __init__(
+        self, schema: str, *, definition: Definition, fake: Definition, vjp: Derivative, jvp: Tangent
+    ) -> None:
+        library.define(schema)
+        self.name = schema.split("(")[0]
+        self.definition = definition
+        self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.function = _differentiable_function(self.overload, definition, vjp, jvp)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
+        library.impl(self.name, self._autograd_kernel, "Autograd")
+        library.impl(self.name, _with_contiguous_outputs(definition), "CompositeExplicitAutograd")
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.overload(*inputs)
+        if _nested_forward_mode():
+            # PyTorch drops the outer level when a Function's jvp is differentiated in forward mode again.
+            return self.definition(*inputs)
+        if _nothing_to_differentiate(inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload(*inputs)
+        return self.function.apply(*inputs)
+
+    def _autograd_kernel(self, *inputs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"torch.ops.{NAMESPACE}.{self.name} cannot be called under a torch.func transform; call the public "
+                f"function of {NAMESPACE} instead"
+            )
+        return self.function.apply(*inputs)
+
+
+def _nothing_to_differentiate(inputs: tuple[Any, ...]) -> bool:
+    """Whether an eager call may go straight to the kernel: no gradient, no forward-mode level, no functorch transform."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+
+
+def _nested_forward_mode() -> bool:
+    """Whether two levels of ``torch.func.jvp`` (or ``jacfwd``) are open."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+
+
+def _differentiable_function(
+    overload: Any, definition: Definition, vjp: Derivative, jvp: Tangent
+) -> type[torch.autograd.Function]:
+    tensor_count = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in overload._schema.arguments)
+    argument_count = len(overload._schema.arguments)
+    single_output = len(overload._schema.returns) == 1
+    constants_count = argument_count - tensor_count
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            tensors = inputs[:tensor_count]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+            ctx.constants = inputs[tensor_count:]
+            # An output that was not used then arrives as None rather than as a tensor of zeros.
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            nothing = (None,) * constants_count
+            if all(grad is None for grad in grads):
+                return (None,) * argument_count
+            needs = ctx.needs_input_grad[:tensor_count]
+            result = vjp((*ctx.saved_tensors, *ctx.constants), needs, grads)
+            return (*(grad if need else None for grad, need in zip(result, needs, strict=True)), *nothing)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            result = tuple(jvp((*ctx.saved_tensors, *ctx.constants), tangents[:tensor_count]))
+            return result[0] if single_output else result
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+            # The kernels know no batch dimension inside the coefficients; the definition, being plain PyTorch, does.
+            outputs = torch.vmap(definition, in_dims=in_dims)(*inputs)
+            return outputs, 0 if single_output else (0,) * len(outputs)
+
+    Function.__name__ = Function.__qualname__ = overload._schema.name.split("::")[1]
+    return Function
+
+
+def _with_contiguous_outputs(definition: Definition) -> Definition:
+    """The definition as a kernel: outputs contiguous, as the fake says, whatever the layout of the inputs."""
+
+    def kernel(*inputs: Any) -> Any:
+        outputs = definition(*inputs)
+        if isinstance(outputs, Tensor):
+            return outputs.contiguous()
+        return tuple(output.contiguous() for output in outputs)
+
+    return kernel

@@ -1,0 +1,164 @@
+"""Which code serves a call: the choice of a backend, how to force one, and how to ask (SPEC 3, 4)."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
+
+
+class _Requested(threading.local):
+    """The backend that this thread asked for. (Dynamo can trace a thread-local, and refuses a ContextVar.)"""
+
+    name = "auto"
+
+
+_requested = _Requested()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve every call inside the ``with`` block by one backend.
+
+    Args:
+        name: ``"reference"`` (the plain-PyTorch definition, differentiated by PyTorch itself), ``"cpu"``, ``"triton"``,
+            ``"cuda"``, or ``"auto"`` (the default: the fastest that can serve the call).
+
+    Raises:
+        ValueError: when there is no such backend.
+        RuntimeError: from a call inside the block that the backend cannot serve, with the reason.
+
+    The choice is local to the thread. ``torch.compile`` and ``torch.export`` make it once, while they trace: enter the block
+    before the first call of the compiled function.
+    """
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or auto, got {name!r}")
+    before = _requested.name
+    _requested.name = name
+    try:
+        yield
+    finally:
+        _requested.name = before
+
+
+def choose(op: str, z: Tensor) -> str:
+    """The backend that serves a call of ``op`` on ``z``.
+
+    Raises:
+        RuntimeError: when a backend was asked for that cannot serve the call.
+    """
+    requested = _requested.name
+    if requested == "auto":
+        return _automatic(op, z)
+    reason = why_not(requested, op, z)
+    if reason is not None:
+        raise RuntimeError(f"{op}: the backend {requested!r} was asked for and cannot serve this call: {reason}")
+    return requested
+
+
+def _automatic(op: str, z: Tensor) -> str:
+    if z.device.type == "cpu":
+        return "cpu" if _native_cpu_missing() is None else "reference"
+    return next((name for name in ("cuda", "triton") if why_not(name, op, z) is None), "reference")
+
+
+def why_not(name: str, op: str, z: Tensor) -> str | None:
+    """Why the backend ``name`` cannot serve a call of ``op`` on ``z``; None when it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        if z.device.type != "cpu":
+            return f"it serves CPU tensors, and this one is on {z.device}"
+        return _native_cpu_missing()
+    return f"this version has no {name} kernel for {op}"
+
+
+def _native_cpu_missing() -> str | None:
+    from chainzrule_kernels import _native
+
+    return _native.missing_because
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found.
+
+    Attributes:
+        op: the public function.
+        backend: the backend that would serve the call.
+        reasons: for each other backend, why it would not.
+    """
+
+    op: str
+    backend: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: served by {self.backend}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve ``op(*args, **kwargs)``, and why not the others. Runs the checks but no kernel.
+
+    Args:
+        op: the name of a public function, such as ``"polynomial_dreg"``.
+        *args, **kwargs: the arguments of the call.
+
+    Returns:
+        An :class:`Explanation`; print it to read it.
+
+    Raises:
+        ValueError: when there is no such op. Whatever the call itself would raise for bad arguments.
+
+    Example:
+        >>> import torch, chainzrule_kernels as ck
+        >>> ck.explain("polynomial", torch.ones(2, 3), torch.ones(4)).backend in ("cpu", "reference")
+        True
+    """
+    from chainzrule_kernels.ops import PUBLIC_OPS
+
+    if op not in PUBLIC_OPS:
+        raise ValueError(f"op: expected one of {', '.join(PUBLIC_OPS)}, got {op!r}")
+    public_op = PUBLIC_OPS[op]
+    arguments = inspect.signature(public_op.function).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    public_op.check(*arguments.args)
+    z = arguments.args[0]
+    chosen = choose(op, z)
+    reasons = {}
+    for name in BACKENDS:
+        if name != chosen:
+            reason = why_not(name, op, z)
+            reasons[name] = reason if reason is not None else f"it could, but {chosen} {_preference(chosen)}"
+    return Explanation(op, chosen, reasons)
+
+
+def _preference(chosen: str) -> str:
+    return "was asked for" if _requested.name == chosen else "is faster"
+
+
+@dataclass(frozen=True)
+class PublicOp:
+    """A public function, its argument check and its plain-PyTorch definition."""
+
+    function: Callable[..., Any]
+    check: Callable[..., None]
+    reference: Callable[..., Any]
+
+
+def device_summary() -> list[str]:
+    """The devices that PyTorch sees here."""
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
+    return devices

@@ -1,0 +1,65 @@
+"""Polynomials with shared or per-channel coefficients: value, derivatives and coefficient gradients (SPEC 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_DEGREE = 8
+
+
+class Polynomial:
+    """``p(z) = c0 + c1 z + … + cD z^D`` with ``coeffs`` of shape ``(D+1,)`` or ``(D+1, N)``, in ascending order."""
+
+    def __init__(self, coeffs: Tensor) -> None:
+        self.coeffs = coeffs
+
+    def derivatives(self, z: Tensor, order: int) -> tuple[Tensor, ...]:
+        """``(p, p', …, p^(order))`` at ``z``, each by Horner's rule."""
+        coeffs: Sequence[Tensor] = self.coeffs.unbind(0)
+        results = [_horner(coeffs, z)]
+        for _ in range(order):
+            coeffs = [power * coefficient for power, coefficient in enumerate(coeffs)][1:]
+            results.append(_horner(coeffs, z))
+        return tuple(results)
+
+    def coefficient_gradient(self, z: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+        """The gradient with respect to ``coeffs`` of ``Σ_i Σ_m weights[m]_i p^(m)(z_i)``.
+
+        Component ``k`` is ``Σ_i Σ_m weights[m]_i k (k-1) … (k-m+1) z_i^(k-m)``, summed over the elements that share the
+        coefficient. ``None`` stands for a weight that is zero. The sums over the batch run in at least float32.
+        """
+        shared = self.coeffs.dim() == 1
+        components = []
+        for k in range(self.coeffs.shape[0]):
+            total: Tensor | None = None
+            factor = 1.0
+            for m, weight in enumerate(weights[: k + 1]):
+                if weight is not None:
+                    term = weight if k == m else weight * z ** (k - m)
+                    term = term if factor == 1.0 else factor * term
+                    total = term if total is None else total + term
+                factor *= k - m
+            if total is None:
+                components.append(torch.zeros_like(self.coeffs[k]))
+            elif shared:
+                components.append(total.sum())
+            else:
+                components.append(_sum_over_leading(total))
+        return torch.stack(components)
+
+
+def _horner(coeffs: Sequence[Tensor], z: Tensor) -> Tensor:
+    if not coeffs:
+        return torch.zeros_like(z)
+    result = coeffs[-1] + torch.zeros_like(z)
+    for coefficient in reversed(coeffs[:-1]):
+        result = result * z + coefficient
+    return result
+
+
+def _sum_over_leading(values: Tensor) -> Tensor:
+    """The sum over every dimension but the last."""
+    return values if values.dim() == 1 else values.flatten(0, -2).sum(0)

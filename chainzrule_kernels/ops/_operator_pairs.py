@@ -1,0 +1,216 @@
+"""A forward operator and the backward operator that its vjp calls, for any scalar function.
+
+Both ops with a Jacobian norm, ``*_dreg`` and ``*_tangent``, have the same shape: three differentiable inputs ``z``, a
+companion (``row_sq`` or ``z_dot``) and ``coeffs``, and three outputs. The fixed activations have a string ``kind`` in the
+place of ``coeffs``. So one builder registers all four pairs, and polynomials and activations cannot drift apart.
+
+An operator always returns the same number of tensors: a result that was not asked for is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from chainzrule_kernels._registration import Operator
+from chainzrule_kernels.functions import Activation, Polynomial, ScalarFunction, compute_dtype
+from chainzrule_kernels.ops._dreg_calculus import Optional3
+from chainzrule_kernels.ops._terms import cast
+
+
+class Calculus(Protocol):
+    """The derivative formulas of an op (``_dreg_calculus``, ``_tangent_calculus``), all in the compute dtype."""
+
+    def backward(self, function: ScalarFunction, z: Any, companion: Any, grads: Optional3) -> Optional3: ...
+    def jvp(self, function: ScalarFunction, z: Any, companion: Any, changes: Optional3) -> Optional3: ...
+    def backward_vjp(
+        self, function: ScalarFunction, z: Any, companion: Any, grads: Optional3, cotangents: Optional3
+    ) -> tuple[Tensor | None, ...]: ...
+    def backward_jvp(
+        self,
+        function: ScalarFunction,
+        z: Any,
+        companion: Any,
+        grads: Optional3,
+        changes: Optional3,
+        grads_changes: Optional3,
+    ) -> Optional3: ...
+
+
+@dataclass(frozen=True)
+class OperatorPair:
+    """The forward operator and the backward operator that its vjp calls."""
+
+    forward: Operator
+    backward: Operator
+
+
+def register_pair(
+    name: str,
+    *,
+    companion: str,
+    has_coeffs: bool,
+    flags: str,
+    grads: tuple[str, str, str],
+    definition: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    calculus: Calculus,
+) -> OperatorPair:
+    """Register ``name(z, companion[, coeffs][, kind][, flags])`` and ``name_backward``.
+
+    Args:
+        name: of the forward operator.
+        companion: the schema of the second tensor, ``"Tensor? row_sq"`` or ``"Tensor z_dot"``.
+        has_coeffs: whether the function is a polynomial with a tensor ``coeffs``, or an activation with a string ``kind``.
+        flags: the schema of what else the forward takes, ``"bool return_derivative"`` or nothing.
+        grads: the names of the gradients that arrive for the three outputs.
+        definition: the forward in plain PyTorch, with the operator's signature.
+        fake: ``(z, companion, *flags)``: the forward's outputs, empty.
+        calculus: the derivative formulas.
+    """
+    parameter_count = 3 if has_coeffs else 2
+    kind_count = 0 if has_coeffs else 1
+    companion_name = companion.split()[-1]
+    function_schema = "Tensor coeffs" if has_coeffs else "str kind"
+
+    def function_at(inputs: Sequence[Any]) -> ScalarFunction:
+        # The function stands third in the forward's inputs; in the backward's, ``kind`` follows the gradients.
+        if has_coeffs:
+            return Polynomial(inputs[2].to(compute_dtype(inputs[0])))
+        return Activation(next(value for value in inputs if isinstance(value, str)))
+
+    def computed(z: Tensor, values: Sequence[Tensor | None]) -> Any:
+        """The tensors in the dtype in which an op on ``z`` computes; absent ones stay absent."""
+        dtype = compute_dtype(z)
+        return tuple(None if value is None else value.to(dtype) for value in values)
+
+    def triple(values: Sequence[Tensor | None]) -> Optional3:
+        """What belongs to ``(z, companion, coeffs)``, absent for the coefficients that an activation has not."""
+        return values[0], values[1], values[2] if has_coeffs else None
+
+    # ---- the forward's derivatives --------------------------------------------------------------------------------
+
+    def forward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+        return fake(*inputs[:2], *inputs[3:])
+
+    def of_outputs(inputs: Sequence[Any], values: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """What belongs to the three outputs, absent for a ``derivative`` that was not asked for."""
+        return values if all(inputs[3:]) else (*values[:2], None)
+
+    def forward_vjp(
+        inputs: tuple[Any, ...], needs: tuple[bool, ...], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        kind = inputs[parameter_count : parameter_count + kind_count]
+        return backward_operator(*inputs[:parameter_count], *of_outputs(inputs, grads), *kind, *needs)
+
+    def forward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        z = inputs[0]
+        changes = triple(computed(z, tangents))
+        results = of_outputs(inputs, calculus.jvp(function_at(inputs), *computed(z, inputs[:2]), changes))
+        return tuple(
+            torch.zeros_like(output) if result is None else result.to(output.dtype)
+            for result, output in zip(results, forward_fake(*inputs), strict=True)
+        )
+
+    # ---- the backward: (z, companion[, coeffs], three grads[, kind], one "needs" for each parameter) -----------------
+
+    def split(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[bool]]:
+        """The forward's tensors, the gradients that arrived, and which results are wanted."""
+        grads = inputs[parameter_count : parameter_count + 3]
+        return inputs[:parameter_count], grads, inputs[-parameter_count:]
+
+    def as_wanted(results: Sequence[Tensor | None], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Each result in its parameter's dtype; zeros where nothing arrived that it depends on; empty if not wanted."""
+        parameters, _, needs = split(inputs)
+        finished: list[Tensor] = []
+        for result, parameter, need in zip(results, parameters, needs, strict=False):
+            if not need:
+                finished.append(inputs[0].new_empty(0))
+            elif result is None:
+                finished.append(torch.zeros_like(parameter))
+            else:
+                finished.append(result.to(parameter.dtype))
+        return tuple(finished)
+
+    def backward_definition(*inputs: Any) -> tuple[Tensor, ...]:
+        parameters, grads, _ = split(inputs)
+        z = inputs[0]
+        results = calculus.backward(function_at(inputs), *computed(z, parameters[:2]), computed(z, grads))
+        return as_wanted(results, inputs)
+
+    def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+        parameters, _, needs = split(inputs)
+        return tuple(
+            torch.empty_like(parameter, memory_format=torch.contiguous_format) if need else inputs[0].new_empty(0)
+            for parameter, need in zip(parameters, needs, strict=True)
+        )
+
+    def backward_vjp(
+        inputs: tuple[Any, ...], needs: tuple[bool, ...], cotangents: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        parameters, grads, wanted = split(inputs)
+        z = inputs[0]
+        # The cotangent of a result that was not wanted belongs to an empty tensor.
+        cotangents = [value if want else None for value, want in zip(cotangents, wanted, strict=True)]
+        results = calculus.backward_vjp(
+            function_at(inputs), *computed(z, parameters[:2]), computed(z, grads), triple(computed(z, cotangents))
+        )
+        results = (*results[:parameter_count], *results[3:])
+        return tuple(cast(result, like) for result, like in zip(results, (*parameters, *grads), strict=True))
+
+    def backward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        parameters, grads, _ = split(inputs)
+        z = inputs[0]
+        tangents = computed(z, tangents)
+        results = calculus.backward_jvp(
+            function_at(inputs),
+            *computed(z, parameters[:2]),
+            computed(z, grads),
+            triple(tangents[:parameter_count]),
+            tangents[parameter_count:],
+        )
+        return as_wanted(results, inputs)
+
+    forward_operator = Operator(
+        f"{name}(Tensor z, {companion}, {function_schema}{', ' + flags if flags else ''}) -> (Tensor, Tensor, Tensor)",
+        definition=definition,
+        fake=forward_fake,
+        vjp=forward_vjp,
+        jvp=forward_jvp,
+    )
+    arguments = [
+        "Tensor z",
+        companion,
+        *(["Tensor coeffs"] if has_coeffs else []),
+        *(f"Tensor? {grad}" for grad in grads),
+        *([] if has_coeffs else ["str kind"]),
+        "bool needs_z",
+        f"bool needs_{companion_name}",
+        *(["bool needs_coeffs"] if has_coeffs else []),
+    ]
+    backward_operator = Operator(
+        f"{name}_backward({', '.join(arguments)}) -> ({', '.join(['Tensor'] * parameter_count)})",
+        definition=backward_definition,
+        fake=backward_fake,
+        vjp=backward_vjp,
+        jvp=backward_jvp,
+    )
+    return OperatorPair(forward_operator, backward_operator)
+
+
+def dreg_fake(z: Tensor, row_sq: Tensor | None, return_derivative: bool) -> tuple[Tensor, ...]:
+    """Empty ``(y, jac_sq, derivative)``."""
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    jac_sq = z.new_empty(z.shape[:-1], dtype=compute_dtype(z))
+    return y, jac_sq, torch.empty_like(y) if return_derivative else z.new_empty(0)
+
+
+def tangent_fake(z: Tensor, z_dot: Tensor) -> tuple[Tensor, ...]:
+    """Empty ``(y, y_dot, tangent_sq)``."""
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    y_dot = torch.empty_like(z_dot, memory_format=torch.contiguous_format)
+    return y, y_dot, z.new_empty(z_dot.shape[:-1], dtype=compute_dtype(z))

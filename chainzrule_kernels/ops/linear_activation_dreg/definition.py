@@ -1,0 +1,15 @@
+"""``z = x Wᵀ + b``, ``y = f(z)``, ``jac_sq = ‖diag(f'(z)) W‖_F²``, in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
+from chainzrule_kernels.ops.activation_dreg.definition import activation_dreg
+
+
+def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """The executable definition of :func:`chainzrule_kernels.linear_activation_dreg`: same arguments, shapes and dtypes."""
+    z = linear_in_dtype_of_x(x, weight, bias)
+    y, jac_sq = activation_dreg(z, kind, squared_row_norms(weight, z))
+    return y, jac_sq

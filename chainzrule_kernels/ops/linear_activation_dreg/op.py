@@ -1,0 +1,47 @@
+"""The public function: the matrix product is the library's (oneDNN, cuBLAS), the fused pass behind it is ours."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from chainzrule_kernels import _checks, backends
+from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
+from chainzrule_kernels.ops.activation_dreg.op import operators as dreg_operators
+from chainzrule_kernels.ops.linear_activation_dreg import definition
+
+
+def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    r"""A linear layer with its activation, and the exact squared Frobenius norm of the layer's Jacobian.
+
+    ``z = x Wᵀ + b``, ``y = f(z)``, and for each sample ``jac_sq = ‖diag(f'(z)) W‖_F² = Σ_j f'(z_j)² ‖W_j‖²``, without a
+    product of matrices beyond the layer's own (SPEC 2.2; DREG, arXiv 2606.23942, ``variant="layer"``).
+
+    Args:
+        x: ``(..., in)``; float32, float64, bfloat16 or float16.
+        weight: ``(out, in)``, as in :func:`torch.nn.functional.linear`; used in the dtype of ``x``, its row norms in float32
+            or better.
+        bias: ``(out,)`` or None.
+        kind: as in :func:`chainzrule_kernels.activation_dreg`.
+
+    Returns:
+        ``(y, jac_sq)``: ``y (..., out)`` in the dtype of ``z``, which is that of ``x``, or the autocast dtype under autocast;
+        ``jac_sq`` of shape ``x.shape[:-1]`` in float32, float64 for float64 ``z``.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
+
+    Differentiable any number of times in every tensor argument, ``weight`` through the norm as well. Beside ``x`` and the
+    parameters only ``z`` is saved for the backward.
+    """
+    check(x, weight, bias, kind)
+    if backends.choose("linear_activation_dreg", x) == "reference":
+        return definition.linear_activation_dreg(x, weight, bias, kind)
+    z = linear_in_dtype_of_x(x, weight, bias)
+    y, jac_sq, _ = dreg_operators.forward(z, squared_row_norms(weight, z), kind, False)
+    return y, jac_sq
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+    """Raise for arguments that :func:`linear_activation_dreg` cannot take."""
+    _checks.check_linear(x, weight, bias)
+    _checks.check_kind(kind)

@@ -1,0 +1,15 @@
+"""``z = x Wᵀ + b``, ``y = p(z)``, ``jac_sq = ‖diag(p'(z)) W‖_F²``, in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
+from chainzrule_kernels.ops.polynomial_dreg.definition import polynomial_dreg
+
+
+def linear_polynomial_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor) -> tuple[Tensor, Tensor]:
+    """The executable definition of :func:`chainzrule_kernels.linear_polynomial_dreg`: same arguments, shapes and dtypes."""
+    z = linear_in_dtype_of_x(x, weight, bias)
+    y, jac_sq = polynomial_dreg(z, coeffs, squared_row_norms(weight, z))
+    return y, jac_sq

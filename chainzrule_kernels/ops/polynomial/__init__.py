@@ -1,0 +1,1 @@
+"""The room of ``polynomial``: see README.md, then definition.py."""
