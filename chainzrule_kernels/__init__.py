@@ -1,6 +1,7 @@
 """Fused kernels for polynomial layers and layer-Jacobian regularisation (DREG) in PyTorch."""
 
-from chainzrule_kernels import _native, reference
+from chainzrule_kernels import _native as _native
+from chainzrule_kernels import reference
 from chainzrule_kernels.backends import Explanation, backend, explain
 from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
@@ -12,3 +13,19 @@ from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATION_KINDS",
+    "MAX_DEGREE",
+    "Explanation",
+    "activation_dreg",
+    "activation_tangent",
+    "backend",
+    "explain",
+    "linear_activation_dreg",
+    "linear_polynomial_dreg",
+    "polynomial",
+    "polynomial_dreg",
+    "polynomial_tangent",
+    "reference",
+]

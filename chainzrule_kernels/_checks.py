@@ -66,9 +66,8 @@ def check_z_dot(z_dot: Any, z: Tensor) -> None:
     """``z_dot`` is ``(T, *z.shape)`` with the dtype and device of ``z``."""
     check_floating("z_dot", z_dot)
     if z_dot.dim() != z.dim() + 1 or z_dot.shape[1:] != z.shape:
-        raise ValueError(
-            f"z_dot: expected shape (T, {', '.join(str(size) for size in z.shape)}), T tangents of z, got {_shape(z_dot)}"
-        )
+        sizes = ", ".join(str(size) for size in z.shape)
+        raise ValueError(f"z_dot: expected shape (T, {sizes}), T tangents of z, got {_shape(z_dot)}")
     if z_dot.dtype != z.dtype:
         raise TypeError(f"z_dot: expected the dtype of z, {_dtype(z)}, got {_dtype(z_dot)}")
     check_same_device("z_dot", z_dot, z)

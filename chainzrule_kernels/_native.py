@@ -7,6 +7,7 @@ Python the module only answers what it was built for.
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import ModuleType
 
 # The operators' schemas must stand before a compiled module adds kernels to them.
@@ -19,9 +20,8 @@ if os.environ.get("CHAINZRULE_KERNELS_NO_NATIVE", "0") not in ("", "0"):
     missing_because = "switched off by the environment variable CHAINZRULE_KERNELS_NO_NATIVE"
 else:
     try:
-        from chainzrule_kernels import _cpu as cpu  # type: ignore[attr-defined,no-redef]
+        cpu = import_module("chainzrule_kernels._cpu")
+    except ModuleNotFoundError:
+        missing_because = "the compiled CPU module is not installed (were torch and a C++ compiler there when the package was installed?)"
     except ImportError as error:
-        missing_because = (
-            "the compiled CPU module is not installed (was there a C++ compiler when the package was installed?): "
-            f"{error}"
-        )
+        missing_because = f"the compiled CPU module is installed and does not load: {error}"

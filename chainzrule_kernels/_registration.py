@@ -8,9 +8,9 @@ An operator of this package is registered with PyTorch's dispatcher once, here, 
   kernel); the vjp of a backward operator is plain PyTorch, differentiable to any order.
 
 The same ``torch.autograd.Function`` serves two callers. Eager code calls it directly, which is what ``torch.func``
-transforms understand. ``torch.compile`` and ``torch.export`` see the bare operator, since Dynamo refuses a Function that
-defines ``jvp``; the operator's Autograd kernel then applies the same Function. Registering with ``register_autograd``
-alone would give silent zeros under forward-mode differentiation.
+transforms understand. ``torch.compile`` and ``torch.export`` see the bare operator, since Dynamo refuses a Function
+that defines ``jvp``; the operator's Autograd kernel then applies the same Function. Registering with
+``register_autograd`` alone would give silent zeros under forward-mode differentiation.
 """
 
 from __future__ import annotations
@@ -40,14 +40,12 @@ class Operator:
         schema: ``"name(Tensor z, …) -> (Tensor, …)"``.
         definition: the same signature in plain PyTorch.
         fake: the same signature; returns empty tensors of the right shape, dtype and strides.
-        vjp: ``(inputs, needs, grads) -> one gradient or None for each tensor input``. ``grads`` holds None for an output
-            that was not used.
+        vjp: ``(inputs, needs, grads) -> one gradient or None for each tensor input``. ``grads`` holds None for an
+            output that was not used.
         jvp: ``(inputs, tangents) -> one tangent for each output``. ``tangents`` holds None for a constant input.
     """
 
-    def __init__(
-        self, schema: str, *, definition: Definition, fake: Definition, vjp: Derivative, jvp: Tangent
-    ) -> None:
+    def __init__(self, schema: str, *, definition: Definition, fake: Definition, vjp: Derivative, jvp: Tangent) -> None:
         library.define(schema)
         self.name = schema.split("(")[0]
         self.definition = definition
@@ -78,7 +76,7 @@ class Operator:
 
 
 def _nothing_to_differentiate(inputs: tuple[Any, ...]) -> bool:
-    """Whether an eager call may go straight to the kernel: no gradient, no forward-mode level, no functorch transform."""
+    """Whether an eager call may go straight to the kernel: no gradient, forward-mode level or functorch transform."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Which code serves a call: the choice of a backend, how to force one, and how to ask (SPEC 3, 4)."""
+"""Which code serves a call: the choice of a backend, how to force one, and how to ask."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def backend(name: str) -> Iterator[None]:
         ValueError: when there is no such backend.
         RuntimeError: from a call inside the block that the backend cannot serve, with the reason.
 
-    The choice is local to the thread. ``torch.compile`` and ``torch.export`` make it once, while they trace: enter the block
-    before the first call of the compiled function.
+    The choice is local to the thread. ``torch.compile`` and ``torch.export`` make it once, while they trace: enter the
+    block before the first call of the compiled function.
     """
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or auto, got {name!r}")
@@ -112,7 +112,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         op: the name of a public function, such as ``"polynomial_dreg"``.
-        *args, **kwargs: the arguments of the call.
+        *args: the positional arguments of the call.
+        **kwargs: its keyword arguments.
 
     Returns:
         An :class:`Explanation`; print it to read it.

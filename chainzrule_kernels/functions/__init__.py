@@ -1,7 +1,7 @@
 """The scalar functions ``f`` of this package and their derivatives, in plain PyTorch.
 
-An op never asks which function it computes: it asks a :class:`ScalarFunction` for ``f, f', f'', …`` at ``z``, and, where
-the function has learnable coefficients, for the gradient with respect to them. There are two families:
+An op never asks which function it computes: it asks a :class:`ScalarFunction` for ``f, f', f'', …`` at ``z``, and,
+where the function has learnable coefficients, for the gradient with respect to them. There are two families:
 :class:`~chainzrule_kernels.functions.polynomial.Polynomial` and
 :class:`~chainzrule_kernels.functions.activations.Activation`. The same two stand in ``csrc/math`` for C++ and CUDA.
 """

@@ -1,7 +1,7 @@
 """The fixed activations: one generator each, which yields the value and then its derivatives (SPEC 2.2).
 
-Every formula is exact and is itself differentiable by autograd, so that derivatives of any order stay right. The C++ and
-CUDA twin of this file is ``csrc/math/activations.h``; a new activation is one generator here and one struct there.
+Every formula is exact and is itself differentiable by autograd, so that derivatives of any order stay right. The C++
+and CUDA twin of this file is ``csrc/math/activations.h``; a new activation is one generator here and one struct there.
 """
 
 from __future__ import annotations

@@ -1,28 +1,26 @@
 """One room for each op: its definition in plain PyTorch, the op with its autograd, its kernels, its mathematics."""
 
-from chainzrule_kernels.backends import PublicOp
-from chainzrule_kernels.ops.activation_dreg import definition as _activation_dreg_definition
-from chainzrule_kernels.ops.activation_dreg import op as _activation_dreg
-from chainzrule_kernels.ops.activation_tangent import definition as _activation_tangent_definition
-from chainzrule_kernels.ops.activation_tangent import op as _activation_tangent
-from chainzrule_kernels.ops.linear_activation_dreg import definition as _linear_activation_dreg_definition
-from chainzrule_kernels.ops.linear_activation_dreg import op as _linear_activation_dreg
-from chainzrule_kernels.ops.linear_polynomial_dreg import definition as _linear_polynomial_dreg_definition
-from chainzrule_kernels.ops.linear_polynomial_dreg import op as _linear_polynomial_dreg
-from chainzrule_kernels.ops.polynomial import definition as _polynomial_definition
-from chainzrule_kernels.ops.polynomial import op as _polynomial
-from chainzrule_kernels.ops.polynomial_dreg import definition as _polynomial_dreg_definition
-from chainzrule_kernels.ops.polynomial_dreg import op as _polynomial_dreg
-from chainzrule_kernels.ops.polynomial_tangent import definition as _polynomial_tangent_definition
-from chainzrule_kernels.ops.polynomial_tangent import op as _polynomial_tangent
+from importlib import import_module
 
-PUBLIC_OPS: dict[str, PublicOp] = {
-    "polynomial": PublicOp(_polynomial.polynomial, _polynomial.check, _polynomial_definition.polynomial),
-    "polynomial_dreg": PublicOp(_polynomial_dreg.polynomial_dreg, _polynomial_dreg.check, _polynomial_dreg_definition.polynomial_dreg),
-    "activation_dreg": PublicOp(_activation_dreg.activation_dreg, _activation_dreg.check, _activation_dreg_definition.activation_dreg),
-    "polynomial_tangent": PublicOp(_polynomial_tangent.polynomial_tangent, _polynomial_tangent.check, _polynomial_tangent_definition.polynomial_tangent),
-    "activation_tangent": PublicOp(_activation_tangent.activation_tangent, _activation_tangent.check, _activation_tangent_definition.activation_tangent),
-    "linear_polynomial_dreg": PublicOp(_linear_polynomial_dreg.linear_polynomial_dreg, _linear_polynomial_dreg.check, _linear_polynomial_dreg_definition.linear_polynomial_dreg),
-    "linear_activation_dreg": PublicOp(_linear_activation_dreg.linear_activation_dreg, _linear_activation_dreg.check, _linear_activation_dreg_definition.linear_activation_dreg),
-}
+from chainzrule_kernels.backends import PublicOp
+
+_ROOMS = (
+    "polynomial",
+    "polynomial_dreg",
+    "activation_dreg",
+    "polynomial_tangent",
+    "activation_tangent",
+    "linear_polynomial_dreg",
+    "linear_activation_dreg",
+)
+
+
+def _public_op(name: str) -> PublicOp:
+    """What the room of this name offers: a room, its public function and its definition bear the same name."""
+    op = import_module(f"{__name__}.{name}.op")
+    definition = import_module(f"{__name__}.{name}.definition")
+    return PublicOp(getattr(op, name), op.check, getattr(definition, name))
+
+
+PUBLIC_OPS: dict[str, PublicOp] = {name: _public_op(name) for name in _ROOMS}
 """Every public op by its name: the function, its argument check, its reference."""

@@ -1,8 +1,8 @@
 r"""Derivatives of ``y = f(z)``, ``jac_sq = Σ_j f'(z_j)² r_j`` for any scalar function ``f`` (SPEC 2.2).
 
 Plain PyTorch, shared by ``polynomial``, ``polynomial_dreg`` and ``activation_dreg``. Notation: ``f_1, f_2, f_3`` are
-``f', f'', f'''`` at ``z``; ``r`` is ``row_sq``; ``g_y, g_s, g_d`` are the gradients that arrive for ``y``, ``jac_sq`` and
-``derivative``; ``h = 2 g_s r f' + g_d`` is what arrives at ``f'`` in all. For polynomials a direction ``c_dot`` in
+``f', f'', f'''`` at ``z``; ``r`` is ``row_sq``; ``g_y, g_s, g_d`` are the gradients that arrive for ``y``, ``jac_sq``
+and ``derivative``; ``h = 2 g_s r f' + g_d`` is what arrives at ``f'`` in all. For polynomials a direction ``c_dot`` in
 coefficient space is itself a polynomial, and its value and derivatives enter as ``C_0, C_1, C_2``.
 
 Everything that double backward needs follows from one scalar. With cotangents ``a, e, b`` for the three results of the
@@ -88,9 +88,7 @@ def backward_jvp(
     f_1_dot = plus(times(f_2, z_dot), C_1)
     f_2_dot = plus(times(f_3, z_dot), C_2)
     h = plus(times(2.0, g_s, r, f_1), g_d)
-    h_dot = plus(
-        times(2.0, g_s_dot, r, f_1), times(2.0, g_s, row_sq_dot, f_1), times(2.0, g_s, r, f_1_dot), g_d_dot
-    )
+    h_dot = plus(times(2.0, g_s_dot, r, f_1), times(2.0, g_s, row_sq_dot, f_1), times(2.0, g_s, r, f_1_dot), g_d_dot)
     dz_dot = plus(times(g_y_dot, f_1), times(g_y, f_1_dot), times(h_dot, f_2), times(h, f_2_dot))
     drow_sq_dot = over_batch(plus(times(g_s_dot, f_1, f_1), times(2.0, g_s, f_1, f_1_dot)))
     dcoeffs_dot = None

@@ -1,8 +1,8 @@
 """A forward operator and the backward operator that its vjp calls, for any scalar function.
 
 Both ops with a Jacobian norm, ``*_dreg`` and ``*_tangent``, have the same shape: three differentiable inputs ``z``, a
-companion (``row_sq`` or ``z_dot``) and ``coeffs``, and three outputs. The fixed activations have a string ``kind`` in the
-place of ``coeffs``. So one builder registers all four pairs, and polynomials and activations cannot drift apart.
+companion (``row_sq`` or ``z_dot``) and ``coeffs``, and three outputs. The fixed activations have a string ``kind`` in
+the place of ``coeffs``. So one builder registers all four pairs, and polynomials and activations cannot drift apart.
 
 An operator always returns the same number of tensors: a result that was not asked for is an empty tensor.
 """
@@ -65,7 +65,8 @@ def register_pair(
     Args:
         name: of the forward operator.
         companion: the schema of the second tensor, ``"Tensor? row_sq"`` or ``"Tensor z_dot"``.
-        has_coeffs: whether the function is a polynomial with a tensor ``coeffs``, or an activation with a string ``kind``.
+        has_coeffs: whether the function is a polynomial with a tensor ``coeffs``, or an activation with a string
+            ``kind``.
         flags: the schema of what else the forward takes, ``"bool return_derivative"`` or nothing.
         grads: the names of the gradients that arrive for the three outputs.
         definition: the forward in plain PyTorch, with the operator's signature.
@@ -87,6 +88,11 @@ def register_pair(
         """The tensors in the dtype in which an op on ``z`` computes; absent ones stay absent."""
         dtype = compute_dtype(z)
         return tuple(None if value is None else value.to(dtype) for value in values)
+
+    def arguments_of(inputs: Sequence[Any]) -> tuple[ScalarFunction, Any, Any]:
+        """The function, and ``z`` and its companion as the calculus wants them."""
+        z, companion_value = computed(inputs[0], inputs[:2])
+        return function_at(inputs), z, companion_value
 
     def triple(values: Sequence[Tensor | None]) -> Optional3:
         """What belongs to ``(z, companion, coeffs)``, absent for the coefficients that an activation has not."""
@@ -110,7 +116,7 @@ def register_pair(
     def forward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) -> Sequence[Tensor]:
         z = inputs[0]
         changes = triple(computed(z, tangents))
-        results = of_outputs(inputs, calculus.jvp(function_at(inputs), *computed(z, inputs[:2]), changes))
+        results = of_outputs(inputs, calculus.jvp(*arguments_of(inputs), changes))
         return tuple(
             torch.zeros_like(output) if result is None else result.to(output.dtype)
             for result, output in zip(results, forward_fake(*inputs), strict=True)
@@ -137,9 +143,9 @@ def register_pair(
         return tuple(finished)
 
     def backward_definition(*inputs: Any) -> tuple[Tensor, ...]:
-        parameters, grads, _ = split(inputs)
+        _, grads, _ = split(inputs)
         z = inputs[0]
-        results = calculus.backward(function_at(inputs), *computed(z, parameters[:2]), computed(z, grads))
+        results = calculus.backward(*arguments_of(inputs), computed(z, grads))
         return as_wanted(results, inputs)
 
     def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -156,22 +162,19 @@ def register_pair(
         z = inputs[0]
         # The cotangent of a result that was not wanted belongs to an empty tensor.
         cotangents = [value if want else None for value, want in zip(cotangents, wanted, strict=True)]
-        results = calculus.backward_vjp(
-            function_at(inputs), *computed(z, parameters[:2]), computed(z, grads), triple(computed(z, cotangents))
-        )
+        results = calculus.backward_vjp(*arguments_of(inputs), computed(z, grads), triple(computed(z, cotangents)))
         results = (*results[:parameter_count], *results[3:])
         return tuple(cast(result, like) for result, like in zip(results, (*parameters, *grads), strict=True))
 
     def backward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        parameters, grads, _ = split(inputs)
+        _, grads, _ = split(inputs)
         z = inputs[0]
-        tangents = computed(z, tangents)
+        changes = computed(z, tangents)
         results = calculus.backward_jvp(
-            function_at(inputs),
-            *computed(z, parameters[:2]),
+            *arguments_of(inputs),
             computed(z, grads),
-            triple(tangents[:parameter_count]),
-            tangents[parameter_count:],
+            triple(changes[:parameter_count]),
+            changes[parameter_count:],
         )
         return as_wanted(results, inputs)
 

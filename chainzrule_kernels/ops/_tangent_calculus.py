@@ -1,9 +1,9 @@
 r"""Derivatives of ``y = f(z)``, ``ẏ_t = f'(z) ż_t``, ``q_t = Σ_j ẏ_tj²`` for any scalar function ``f`` (SPEC 2.3).
 
-Plain PyTorch, shared by ``polynomial_tangent`` and ``activation_tangent``. Notation as in ``_dreg_calculus``; ``g_y, g_t,
-g_q`` are the gradients that arrive for ``y``, ``y_dot`` and ``tangent_sq``; ``u_t = g_t + 2 g_q f' ż_t`` is what arrives at
-``ẏ_t`` in all, and ``v = Σ_t u_t ż_t`` is what arrives at ``f'``. The scalar behind double backward, with cotangents
-``a, b_t, c`` for ``(dz, dz_dot, dcoeffs)`` and ``B`` the polynomial with coefficients ``c``::
+Plain PyTorch, shared by ``polynomial_tangent`` and ``activation_tangent``. Notation as in ``_dreg_calculus``;
+``g_y, g_t, g_q`` are the gradients that arrive for ``y``, ``y_dot`` and ``tangent_sq``; ``u_t = g_t + 2 g_q f' ż_t`` is
+what arrives at ``ẏ_t`` in all, and ``v = Σ_t u_t ż_t`` is what arrives at ``f'``. The scalar behind double backward,
+with cotangents ``a, b_t, c`` for ``(dz, dz_dot, dcoeffs)`` and ``B`` the polynomial with coefficients ``c``::
 
     S = Σ  g_y (a f' + B) + v (a f'' + B') + Σ_t b_t u_t f'
 """
@@ -85,7 +85,7 @@ def backward_jvp(
     changes: Optional3,
     grads_changes: Optional3,
 ) -> Optional3:
-    """The changes of ``(dz, dz_dot, dcoeffs)`` along ``changes`` of the inputs and ``grads_changes`` of the gradients."""
+    """The changes of ``(dz, dz_dot, dcoeffs)`` along changes of the inputs and of the gradients that arrive."""
     g_y, g_t, g_q = _gradients(grads)
     dg_y, dg_t, dg_q = _gradients(grads_changes)
     dz, dz_dot, dcoeffs = changes

@@ -21,7 +21,7 @@ def plus(*terms: Tensor | None) -> Tensor | None:
 
 def times(*factors: Term) -> Tensor | None:
     """The product; ``None`` when a factor is absent. A float factor comes first."""
-    product: Term = 1.0
+    product: Tensor | float = 1.0
     for factor in factors:
         if factor is None:
             return None

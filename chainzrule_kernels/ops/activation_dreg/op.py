@@ -43,8 +43,8 @@ def activation_dreg(
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
 
-    Arithmetic is in float32 (float64 for float64 ``z``). Differentiable any number of times in ``z`` and ``row_sq``; only
-    ``z`` is saved for the backward.
+    Arithmetic is in float32 (float64 for float64 ``z``). Differentiable any number of times in ``z`` and ``row_sq``;
+    only ``z`` is saved for the backward.
     """
     check(z, kind, row_sq)
     if backends.choose("activation_dreg", z) == "reference":

@@ -9,7 +9,7 @@ from chainzrule_kernels.ops.activation_dreg.definition import activation_dreg
 
 
 def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    """The executable definition of :func:`chainzrule_kernels.linear_activation_dreg`: same arguments, shapes and dtypes."""
+    """The executable definition of :func:`chainzrule_kernels.linear_activation_dreg`, with its arguments and dtypes."""
     z = linear_in_dtype_of_x(x, weight, bias)
     y, jac_sq = activation_dreg(z, kind, squared_row_norms(weight, z))
     return y, jac_sq

@@ -18,20 +18,20 @@ def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind:
 
     Args:
         x: ``(..., in)``; float32, float64, bfloat16 or float16.
-        weight: ``(out, in)``, as in :func:`torch.nn.functional.linear`; used in the dtype of ``x``, its row norms in float32
-            or better.
+        weight: ``(out, in)``, as in :func:`torch.nn.functional.linear`; used in the dtype of ``x``, its row norms in
+            float32 or better.
         bias: ``(out,)`` or None.
         kind: as in :func:`chainzrule_kernels.activation_dreg`.
 
     Returns:
-        ``(y, jac_sq)``: ``y (..., out)`` in the dtype of ``z``, which is that of ``x``, or the autocast dtype under autocast;
-        ``jac_sq`` of shape ``x.shape[:-1]`` in float32, float64 for float64 ``z``.
+        ``(y, jac_sq)``: ``y (..., out)`` in the dtype of ``z``, which is that of ``x``, or the autocast dtype under
+        autocast; ``jac_sq`` of shape ``x.shape[:-1]`` in float32, float64 for float64 ``z``.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
 
-    Differentiable any number of times in every tensor argument, ``weight`` through the norm as well. Beside ``x`` and the
-    parameters only ``z`` is saved for the backward.
+    Differentiable any number of times in every tensor argument, ``weight`` through the norm as well. Beside ``x`` and
+    the parameters only ``z`` is saved for the backward.
     """
     check(x, weight, bias, kind)
     if backends.choose("linear_activation_dreg", x) == "reference":

@@ -9,7 +9,7 @@ from chainzrule_kernels.ops.polynomial_dreg.definition import polynomial_dreg
 
 
 def linear_polynomial_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor) -> tuple[Tensor, Tensor]:
-    """The executable definition of :func:`chainzrule_kernels.linear_polynomial_dreg`: same arguments, shapes and dtypes."""
+    """The executable definition of :func:`chainzrule_kernels.linear_polynomial_dreg`, with its arguments and dtypes."""
     z = linear_in_dtype_of_x(x, weight, bias)
     y, jac_sq = polynomial_dreg(z, coeffs, squared_row_norms(weight, z))
     return y, jac_sq

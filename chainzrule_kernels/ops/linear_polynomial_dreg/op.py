@@ -6,8 +6,8 @@ from torch import Tensor
 
 from chainzrule_kernels import _checks, backends
 from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
-from chainzrule_kernels.ops.polynomial_dreg.op import operators as dreg_operators
 from chainzrule_kernels.ops.linear_polynomial_dreg import definition
+from chainzrule_kernels.ops.polynomial_dreg.op import operators as dreg_operators
 
 
 def linear_polynomial_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,20 +18,20 @@ def linear_polynomial_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, coeff
 
     Args:
         x: ``(..., in)``; float32, float64, bfloat16 or float16.
-        weight: ``(out, in)``, as in :func:`torch.nn.functional.linear`; used in the dtype of ``x``, its row norms in float32
-            or better.
+        weight: ``(out, in)``, as in :func:`torch.nn.functional.linear`; used in the dtype of ``x``, its row norms in
+            float32 or better.
         bias: ``(out,)`` or None.
         coeffs: ``(D+1,)``, shared by the output channels, or ``(D+1, out)``, one polynomial for each; ascending powers.
 
     Returns:
-        ``(y, jac_sq)``: ``y (..., out)`` in the dtype of ``z``, which is that of ``x``, or the autocast dtype under autocast;
-        ``jac_sq`` of shape ``x.shape[:-1]`` in float32, float64 for float64 ``z``.
+        ``(y, jac_sq)``: ``y (..., out)`` in the dtype of ``z``, which is that of ``x``, or the autocast dtype under
+        autocast; ``jac_sq`` of shape ``x.shape[:-1]`` in float32, float64 for float64 ``z``.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
 
-    Differentiable any number of times in every tensor argument, ``weight`` through the norm as well. Beside ``x`` and the
-    parameters only ``z`` is saved for the backward.
+    Differentiable any number of times in every tensor argument, ``weight`` through the norm as well. Beside ``x`` and
+    the parameters only ``z`` is saved for the backward.
     """
     check(x, weight, bias, coeffs)
     if backends.choose("linear_polynomial_dreg", x) == "reference":

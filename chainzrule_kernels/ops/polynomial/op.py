@@ -21,12 +21,12 @@ def polynomial(z: Tensor, coeffs: Tensor) -> Tensor:
 
     Args:
         z: ``(..., N)``, any strides; float32, float64, bfloat16 or float16.
-        coeffs: ``(D+1,)``, shared by the channels, or ``(D+1, N)``, one polynomial for each; ascending powers, ``1 <= D <= 8``.
-            May have another dtype than ``z``.
+        coeffs: ``(D+1,)``, shared by the channels, or ``(D+1, N)``, one polynomial for each; ascending powers,
+            ``1 <= D <= 8``. May have another dtype than ``z``.
 
     Returns:
-        ``y``, contiguous, with the shape and dtype of ``z``. Arithmetic is in float32 (float64 for float64 ``z``), by Horner's
-        rule.
+        ``y``, contiguous, with the shape and dtype of ``z``. Arithmetic is in float32 (float64 for float64 ``z``), by
+        Horner's rule.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
@@ -49,9 +49,7 @@ def _fake(z: Tensor, coeffs: Tensor) -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-def _vjp(
-    inputs: tuple[Any, ...], needs: tuple[bool, ...], grads: Sequence[Tensor | None]
-) -> Sequence[Tensor | None]:
+def _vjp(inputs: tuple[Any, ...], needs: tuple[bool, ...], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     z, coeffs = inputs
     needs_z, needs_coeffs = needs
     dz, _, dcoeffs = dreg_operators.backward(z, None, coeffs, grads[0], None, None, needs_z, False, needs_coeffs)

@@ -31,7 +31,8 @@ def polynomial_dreg(
 
     Args:
         z: ``(..., N)``, any strides; float32, float64, bfloat16 or float16.
-        coeffs: ``(D+1,)``, shared by the channels, or ``(D+1, N)``, one polynomial for each; ascending powers, ``1 <= D <= 8``.
+        coeffs: ``(D+1,)``, shared by the channels, or ``(D+1, N)``, one polynomial for each; ascending powers,
+            ``1 <= D <= 8``.
         row_sq: ``(N,)``, the weight of each channel in the norm; None for 1 (the ``"activation"`` variant of DREG).
         return_derivative: whether to return ``p'(z)`` too.
 

@@ -20,7 +20,8 @@ def polynomial_tangent(z: Tensor, z_dot: Tensor, coeffs: Tensor) -> tuple[Tensor
     Args:
         z: ``(..., N)``, any strides; float32, float64, bfloat16 or float16.
         z_dot: ``(T, ..., N)``, ``T`` tangents of ``z``, of the dtype of ``z``.
-        coeffs: ``(D+1,)``, shared by the channels, or ``(D+1, N)``, one polynomial for each; ascending powers, ``1 <= D <= 8``.
+        coeffs: ``(D+1,)``, shared by the channels, or ``(D+1, N)``, one polynomial for each; ascending powers,
+            ``1 <= D <= 8``.
 
     Returns:
         ``(y, y_dot, tangent_sq)``, contiguous: ``y`` like ``z``, ``y_dot`` like ``z_dot``, ``tangent_sq`` of shape
