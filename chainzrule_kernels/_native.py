@@ -22,6 +22,8 @@ else:
     try:
         cpu = import_module("chainzrule_kernels._cpu")
     except ModuleNotFoundError:
-        missing_because = "the compiled CPU module is not installed (were torch and a C++ compiler there when the package was installed?)"
+        missing_because = (
+            "the compiled CPU module is not installed (it is built where torch and a C++ compiler are found)"
+        )
     except ImportError as error:
         missing_because = f"the compiled CPU module is installed and does not load: {error}"
