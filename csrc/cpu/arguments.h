@@ -1,0 +1,133 @@
+// What the bindings (ops.cpp, which knows torch) hand to the kernels (which do not).
+//
+// Tensors arrive as matrices of `rows` samples by `columns` channels. Data tensors have any row stride and unit column stride.
+// Parameters and per-sample quantities have the compute type: double for float64 data, float for everything else.
+#pragma once
+
+#include <cstdint>
+
+namespace chainzrule {
+
+enum class DataType { float32, float64, bfloat16, float16 };
+
+// The scalar function: a fixed activation, or a polynomial.
+struct FunctionSpec {
+  int activation = -1;          // index in the order of for_each_activation; -1 for a polynomial
+  int degree = 0;               // of the polynomial
+  bool per_channel = false;     // whether coefficient k of channel j stands at [k * columns + j], or at [k] for all
+  const void* coefficients = nullptr;
+};
+
+struct ConstMatrix {
+  const void* data = nullptr;  // null: absent
+  int64_t row_stride = 0;
+};
+
+struct Matrix {
+  void* data = nullptr;  // null: not wanted
+  int64_t row_stride = 0;
+};
+
+// A rectangle of the matrix: the work of one task.
+struct Tile {
+  int64_t row_begin, row_end;
+  int64_t column_begin, column_end;
+};
+
+// y = f(z), derivative = f'(z), norm = sum_j f'(z_j)^2 row_sq_j over the columns of the tile.
+struct DregForward {
+  DataType type;
+  int64_t columns;
+  FunctionSpec function;
+  ConstMatrix z;
+  Matrix y;
+  Matrix derivative;
+  const void* row_sq = nullptr;
+  void* norm = nullptr;              // compute type, norm[row]: when a tile holds whole rows
+  double* norm_partials = nullptr;   // norm_partials[row * splits + split]: when it does not
+  int64_t splits = 1;
+};
+
+// The gradients of z, and sums over the rows of the tile for the parameters.
+struct DregBackward {
+  DataType type;
+  int64_t columns;
+  FunctionSpec function;
+  ConstMatrix z;
+  ConstMatrix grad_y;
+  ConstMatrix grad_derivative;
+  const void* grad_norm = nullptr;  // compute type, [row]
+  const void* row_sq = nullptr;
+  Matrix grad_z;
+  bool wants_coefficients = false;
+  bool wants_row_sq = false;
+};
+
+// y = f(z), y_dot_t = f'(z) z_dot_t, norm_t = sum_j y_dot_tj^2. Tangent t starts `tangent_stride` elements after tangent t - 1.
+struct TangentForward {
+  DataType type;
+  int64_t columns;
+  int64_t rows;
+  int64_t tangents;
+  FunctionSpec function;
+  ConstMatrix z;
+  ConstMatrix z_dot;
+  int64_t z_dot_tangent_stride;
+  Matrix y;
+  Matrix y_dot;                     // contiguous
+  void* norm = nullptr;             // compute type, norm[t * rows + row]
+  double* norm_partials = nullptr;  // norm_partials[(t * rows + row) * splits + split]
+  int64_t splits = 1;
+};
+
+struct TangentBackward {
+  DataType type;
+  int64_t columns;
+  int64_t rows;
+  int64_t tangents;
+  FunctionSpec function;
+  ConstMatrix z;
+  ConstMatrix z_dot;
+  int64_t z_dot_tangent_stride;
+  ConstMatrix grad_y;
+  ConstMatrix grad_y_dot;
+  int64_t grad_y_dot_tangent_stride;
+  const void* grad_norm = nullptr;  // compute type, [t * rows + row]
+  Matrix grad_z;
+  Matrix grad_z_dot;                // contiguous
+  bool wants_coefficients = false;
+};
+
+// Where a backward task leaves its sums. The gradient of coefficient k goes to coefficients[k] (shared), or to
+// coefficients[k * columns + j] (per channel); that of row_sq to row_sq[j]. Every element is written.
+struct GradientSums {
+  double* coefficients = nullptr;
+  double* row_sq = nullptr;
+};
+
+// Rows that a backward sums in the compute type before it goes over to double.
+constexpr int64_t kRowsPerSum = 128;
+// Columns of a backward tile that keeps sums for each channel: small enough for them to stay in the first-level cache.
+constexpr int64_t kColumnsPerSum = 1024;
+
+// The kernels of one instruction set.
+struct KernelTable {
+  const char* instruction_set;
+  void (*dreg_forward)(const DregForward&, const Tile&, int64_t split);
+  void (*dreg_backward)(const DregBackward&, const Tile&, const GradientSums&);
+  void (*tangent_forward)(const TangentForward&, const Tile&, int64_t split);
+  void (*tangent_backward)(const TangentBackward&, const Tile&, const GradientSums&);
+  // to[j] = sum over the slabs of from[slab * n + j], in order; `to` has the compute type
+  void (*sum_slabs)(DataType type, const double* from, int64_t slabs, int64_t n, int64_t begin, int64_t end, void* to);
+};
+
+const KernelTable& kernels_baseline();
+#if defined(__x86_64__)
+const KernelTable& kernels_avx2();
+const KernelTable& kernels_avx512();
+#endif
+
+// The index of an activation's name, or -1.
+int activation_index(const char* name);
+
+}  // namespace chainzrule

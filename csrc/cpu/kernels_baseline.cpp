@@ -1,0 +1,28 @@
+// The kernels for any CPU.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/arguments.h"
+
+#define CHAINZRULE_TARGET target_baseline
+#define CHAINZRULE_VECTOR_BYTES 16
+#define CHAINZRULE_INSTRUCTION_SET "baseline"
+#include "cpu/kernels.inl"
+
+namespace chainzrule {
+const KernelTable& kernels_baseline() { return target_baseline::kTable; }
+
+int activation_index(const char* name) {
+  int index = 0;
+  int found = -1;
+  target_baseline::for_each_activation([&](auto kind) {
+    if (std::strcmp(decltype(kind)::kName, name) == 0) found = index;
+    ++index;
+  });
+  return found;
+}
+}  // namespace chainzrule

@@ -1,0 +1,559 @@
+// The operators' CPU kernels: from tensors to matrices, tiles and tasks, and back. Built on torch's stable ABI alone.
+//
+// How the work is cut depends on the shapes only, never on the number of threads, and partial sums are added in a fixed order:
+// the same input gives the same bits on one machine.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/arguments.h"
+#include "cpu/dispatch.h"
+
+namespace chainzrule {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Elements that are worth a thread of their own.
+constexpr int64_t kGrain = 32768;
+// Columns of a forward tile where there are too few rows to keep the threads busy.
+constexpr int64_t kColumnsPerSplit = 4096;
+constexpr int64_t kFewRows = 32;
+// Rows of a backward slab that keeps a sum for every channel: enough for the sums to be small beside the data.
+constexpr int64_t kRowsPerSlab = 64;
+constexpr int64_t kMaxSlabs = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+DataType data_type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DataType::float32;
+    case ScalarType::Double:
+      return DataType::float64;
+    case ScalarType::BFloat16:
+      return DataType::bfloat16;
+    case ScalarType::Half:
+      return DataType::float16;
+    default:
+      STD_TORCH_CHECK(false, "chainzrule_kernels: expected a float32, float64, bfloat16 or float16 tensor");
+  }
+}
+
+ScalarType compute_type_of(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes(static_cast<size_t>(tensor.dim()));
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes[static_cast<size_t>(i)] = tensor.size(i);
+  return sizes;
+}
+
+int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
+  return rows;
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+Tensor empty_like_contiguous(const Tensor& like) { return torch::stable::new_empty(like, sizes_of(like)); }
+
+// A tensor (..., N) as a matrix of unit column stride. It is used where it lies if its leading dimensions are evenly spaced,
+// and copied otherwise.
+class Rows {
+ public:
+  Rows() = default;
+  explicit Rows(const Tensor& tensor) : tensor_(tensor) {
+    if (!evenly_spaced()) {
+      tensor_ = torch::stable::contiguous(tensor);
+      STD_TORCH_CHECK(evenly_spaced(), "chainzrule_kernels: a contiguous copy has unexpected strides");
+    }
+  }
+  explicit Rows(const OptionalTensor& tensor) {
+    if (tensor) *this = Rows(*tensor);
+  }
+
+  ConstMatrix matrix() const { return {tensor_ ? tensor_->const_data_ptr() : nullptr, row_stride_}; }
+
+ private:
+  bool evenly_spaced() {
+    const Tensor& t = *tensor_;
+    const int64_t last = t.dim() - 1;
+    if (t.size(last) > 1 && t.stride(last) != 1) return false;
+    row_stride_ = t.size(last);
+    bool found = false;
+    int64_t expected = 0;
+    for (int64_t i = last - 1; i >= 0; --i) {
+      if (t.size(i) == 1) continue;
+      if (!found) {
+        row_stride_ = t.stride(i);
+        found = true;
+      } else if (t.stride(i) != expected) {
+        return false;
+      }
+      expected = t.stride(i) * t.size(i);
+    }
+    return true;
+  }
+
+  OptionalTensor tensor_;
+  int64_t row_stride_ = 0;
+};
+
+// A tensor (T, ..., N) as T matrices.
+class TangentRows {
+ public:
+  TangentRows() = default;
+  explicit TangentRows(const Tensor& tensor) : rows_(torch::stable::contiguous(tensor)) {
+    tangent_stride_ = rows_of(tensor) / std::max<int64_t>(tensor.size(0), 1) * tensor.size(tensor.dim() - 1);
+  }
+  explicit TangentRows(const OptionalTensor& tensor) {
+    if (tensor) *this = TangentRows(*tensor);
+  }
+
+  ConstMatrix matrix() const { return rows_.matrix(); }
+  int64_t tangent_stride() const { return tangent_stride_; }
+
+ private:
+  Rows rows_;
+  int64_t tangent_stride_ = 0;
+};
+
+Matrix matrix_of(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 0};
+}
+
+// A parameter or per-sample quantity, contiguous and in the compute type.
+class Parameters {
+ public:
+  Parameters() = default;
+  Parameters(const OptionalTensor& tensor, ScalarType type) {
+    if (!tensor) return;
+    tensor_ = tensor->scalar_type() == type ? *tensor : torch::stable::to(*tensor, type);
+    tensor_ = torch::stable::contiguous(*tensor_);
+  }
+  const void* data() const { return tensor_ ? tensor_->const_data_ptr() : nullptr; }
+
+ private:
+  OptionalTensor tensor_;
+};
+
+void check_data(const Tensor& z) {
+  STD_TORCH_CHECK(z.dim() >= 1, "chainzrule_kernels: expected z of shape (..., N), got a 0-d tensor");
+  data_type_of(z);
+}
+
+void check_same_shape(const char* name, const OptionalTensor& tensor, const Tensor& like) {
+  if (!tensor) return;
+  STD_TORCH_CHECK(sizes_of(*tensor) == sizes_of(like), "chainzrule_kernels: ", name, " has the wrong shape");
+  STD_TORCH_CHECK(tensor->scalar_type() == like.scalar_type(), "chainzrule_kernels: ", name, " has the wrong dtype");
+}
+
+void check_count(const char* name, const OptionalTensor& tensor, int64_t expected) {
+  if (!tensor) return;
+  STD_TORCH_CHECK(tensor->numel() == expected, "chainzrule_kernels: ", name, " has the wrong shape");
+}
+
+// The scalar function, with its coefficients in the compute type.
+class Function {
+ public:
+  Function(const Tensor& coeffs, const Tensor& z) : coefficients_(coeffs, compute_type_of(z)) {
+    const int64_t channels = z.size(z.dim() - 1);
+    STD_TORCH_CHECK(coeffs.dim() == 1 || (coeffs.dim() == 2 && coeffs.size(1) == channels),
+                    "chainzrule_kernels: coeffs has the wrong shape");
+    STD_TORCH_CHECK(coeffs.size(0) >= 2 && coeffs.size(0) <= 9, "chainzrule_kernels: the degree must lie between 1 and 8");
+    spec_.degree = static_cast<int>(coeffs.size(0)) - 1;
+    spec_.per_channel = coeffs.dim() == 2;
+    spec_.coefficients = coefficients_.data();
+  }
+  explicit Function(const std::string& kind) {
+    spec_.activation = activation_index(kind.c_str());
+    STD_TORCH_CHECK(spec_.activation >= 0, "chainzrule_kernels: there is no activation called ", kind);
+  }
+
+  const FunctionSpec& spec() const { return spec_; }
+
+ private:
+  Parameters coefficients_;
+  FunctionSpec spec_;
+};
+
+// ---- the forward: tiles of whole rows, or parts of rows where there are few -----------------------------------------
+
+struct ForwardPlan {
+  int64_t rows, columns, splits, split_width, rows_per_task, tasks;
+
+  ForwardPlan(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+    splits = rows < kFewRows && columns > kColumnsPerSplit ? ceil_div(columns, kColumnsPerSplit) : 1;
+    split_width = splits > 1 ? kColumnsPerSplit : columns;
+    rows_per_task = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, split_width));
+    tasks = ceil_div(rows, rows_per_task) * splits;
+  }
+
+  // Calls run(tile, split) for each tile, in parallel.
+  template <class Run>
+  void execute(int64_t work_per_element, const Run& run) const {
+    const int64_t elements = std::max<int64_t>(1, rows_per_task * split_width * work_per_element);
+    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / elements), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t split = task % splits;
+        const int64_t row = task / splits * rows_per_task;
+        const int64_t column = split * split_width;
+        run(Tile{row, std::min(rows, row + rows_per_task), column, std::min(columns, column + split_width)}, split);
+      }
+    });
+  }
+};
+
+// The norms that come in `splits` parts, added in order.
+void add_splits(const std::vector<double>& partials, int64_t splits, const Tensor& norm) {
+  const int64_t count = norm.numel();
+  const bool wide = norm.scalar_type() == ScalarType::Double;
+  void* data = norm.mutable_data_ptr();
+  for (int64_t i = 0; i < count; ++i) {
+    double sum = 0;
+    for (int64_t split = 0; split < splits; ++split) sum += partials[static_cast<size_t>(i * splits + split)];
+    if (wide) {
+      static_cast<double*>(data)[i] = sum;
+    } else {
+      static_cast<float*>(data)[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+// Fills y, and where they are given norm and derivative.
+void run_dreg_forward(const Tensor& z, const Function& function, const OptionalTensor& row_sq, const Tensor& y,
+                      const OptionalTensor& norm, const OptionalTensor& derivative) {
+  const Rows z_rows(z);
+  const Parameters row_sq_values(row_sq, compute_type_of(z));
+  DregForward a{};
+  a.type = data_type_of(z);
+  a.function = function.spec();
+  a.z = z_rows.matrix();
+  a.row_sq = row_sq_values.data();
+  int64_t rows = rows_of(z);
+  a.columns = z.size(z.dim() - 1);
+  a.y = matrix_of(y);
+  if (!norm && !a.function.per_channel && a.z.row_stride == a.columns) {
+    // Nothing depends on the rows: one long row.
+    a.columns *= rows;
+    rows = 1;
+  }
+  if (derivative) a.derivative = matrix_of(*derivative);
+  const ForwardPlan plan(rows, a.columns);
+  a.splits = plan.splits;
+  std::vector<double> partials;
+  if (norm && plan.splits > 1) {
+    partials.resize(static_cast<size_t>(rows * plan.splits));
+    a.norm_partials = partials.data();
+  } else if (norm) {
+    a.norm = norm->mutable_data_ptr();
+  }
+  const KernelTable& table = kernels();
+  plan.execute(1, [&](const Tile& tile, int64_t split) { table.dreg_forward(a, tile, split); });
+  if (!partials.empty()) add_splits(partials, plan.splits, *norm);
+}
+
+std::tuple<Tensor, Tensor, Tensor> dreg_forward(const Tensor& z, const OptionalTensor& row_sq, const Function& function,
+                                                bool return_derivative) {
+  check_count("row_sq", row_sq, z.size(z.dim() - 1));
+  const Tensor y = empty_like_contiguous(z);
+  auto norm_sizes = sizes_of(z);
+  norm_sizes.pop_back();
+  const Tensor norm = torch::stable::new_empty(z, norm_sizes, compute_type_of(z));
+  const Tensor derivative = return_derivative ? empty_like_contiguous(z) : nothing(z);
+  run_dreg_forward(z, function, row_sq, y, norm, return_derivative ? OptionalTensor(derivative) : std::nullopt);
+  return {y, norm, derivative};
+}
+
+// ---- the backward: slabs of rows, each with its own sums for the parameters ------------------------------------------
+
+struct BackwardPlan {
+  int64_t rows, columns, splits, split_width, rows_per_slab, slabs;
+
+  BackwardPlan(int64_t rows, int64_t columns, bool sums_per_channel) : rows(rows), columns(columns) {
+    const int64_t widest = sums_per_channel ? kColumnsPerSum : rows < kFewRows ? kColumnsPerSplit : columns;
+    split_width = std::min(columns, widest);
+    splits = columns > 0 ? ceil_div(columns, split_width) : 1;
+    const int64_t unit = sums_per_channel ? kRowsPerSlab : std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
+    rows_per_slab = ceil_div(std::max(unit, ceil_div(rows, kMaxSlabs)), unit) * unit;
+    slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
+  }
+
+  // Calls run(tile, slab, split) for each tile, in parallel.
+  template <class Run>
+  void execute(int64_t work_per_element, const Run& run) const {
+    const int64_t elements = std::max<int64_t>(1, rows_per_slab * split_width * work_per_element);
+    const int64_t grain = std::max<int64_t>(1, kGrain / elements);
+    torch::stable::parallel_for(0, slabs * splits, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t slab = task / splits;
+        const int64_t split = task % splits;
+        const int64_t row = slab * rows_per_slab;
+        const int64_t column = split * split_width;
+        run(Tile{row, std::min(rows, row + rows_per_slab), column, std::min(columns, column + split_width)}, slab, split);
+      }
+    });
+  }
+};
+
+// The sums of every slab and split, and the gradients of the parameters that they add up to.
+class PartialSums {
+ public:
+  PartialSums(const BackwardPlan& plan, const FunctionSpec& function, bool wants_coefficients, bool wants_row_sq)
+      : plan_(plan), per_channel_(function.per_channel), coefficient_count_(function.degree + 1) {
+    if (wants_coefficients) {
+      // Shared coefficients: every split has sums of its own. Per channel: each split fills its columns.
+      coefficient_slabs_ = per_channel_ ? plan.slabs : plan.slabs * plan.splits;
+      coefficient_stride_ = per_channel_ ? coefficient_count_ * plan.columns : coefficient_count_;
+      coefficients_.reset(new double[static_cast<size_t>(coefficient_slabs_ * coefficient_stride_)]);
+    }
+    if (wants_row_sq) row_sq_.reset(new double[static_cast<size_t>(plan.slabs * plan.columns)]);
+  }
+
+  GradientSums of(int64_t slab, int64_t split) const {
+    const int64_t index = per_channel_ ? slab : slab * plan_.splits + split;
+    return {coefficients_ ? coefficients_.get() + index * coefficient_stride_ : nullptr,
+            row_sq_ ? row_sq_.get() + slab * plan_.columns : nullptr};
+  }
+
+  Tensor coefficient_gradient(const Tensor& coeffs, const Tensor& z) const {
+    return added_up(coefficients_.get(), coefficient_slabs_, coefficient_stride_, coeffs, z);
+  }
+  Tensor row_sq_gradient(const Tensor& row_sq, const Tensor& z) const {
+    return added_up(row_sq_.get(), plan_.slabs, plan_.columns, row_sq, z);
+  }
+
+ private:
+  // The gradient of `parameter`, in its shape and dtype.
+  static Tensor added_up(const double* from, int64_t slabs, int64_t n, const Tensor& parameter, const Tensor& z) {
+    const Tensor result = torch::stable::new_empty(parameter, sizes_of(parameter), compute_type_of(z));
+    void* to = result.mutable_data_ptr();
+    const KernelTable& table = kernels();
+    const DataType type = data_type_of(result);
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, slabs));
+    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+      table.sum_slabs(type, from, slabs, n, begin, end, to);
+    });
+    return result.scalar_type() == parameter.scalar_type() ? result
+                                                            : torch::stable::to(result, parameter.scalar_type());
+  }
+
+  const BackwardPlan& plan_;
+  const bool per_channel_;
+  const int64_t coefficient_count_;
+  int64_t coefficient_slabs_ = 0;
+  int64_t coefficient_stride_ = 0;
+  std::unique_ptr<double[]> coefficients_;
+  std::unique_ptr<double[]> row_sq_;
+};
+
+struct Needs {
+  bool z, companion, coefficients;
+};
+
+// Gradients of z, row_sq and coeffs (empty where not wanted; coeffs is null for an activation).
+std::tuple<Tensor, Tensor, Tensor> dreg_backward(const Tensor& z, const OptionalTensor& row_sq, const Function& function,
+                                                 const OptionalTensor& coeffs, const OptionalTensor& grad_y,
+                                                 const OptionalTensor& grad_norm, const OptionalTensor& grad_derivative,
+                                                 Needs needs) {
+  const int64_t rows = rows_of(z);
+  check_same_shape("grad_y", grad_y, z);
+  check_same_shape("grad_derivative", grad_derivative, z);
+  check_count("grad_jac_sq", grad_norm, rows);
+  check_count("row_sq", row_sq, z.size(z.dim() - 1));
+  const Rows z_rows(z), grad_y_rows(grad_y), grad_derivative_rows(grad_derivative);
+  const Parameters row_sq_values(row_sq, compute_type_of(z)), grad_norm_values(grad_norm, compute_type_of(z));
+  const Tensor grad_z = needs.z ? empty_like_contiguous(z) : nothing(z);
+  DregBackward a{};
+  a.type = data_type_of(z);
+  a.columns = z.size(z.dim() - 1);
+  a.function = function.spec();
+  a.z = z_rows.matrix();
+  a.grad_y = grad_y_rows.matrix();
+  a.grad_derivative = grad_derivative_rows.matrix();
+  a.grad_norm = grad_norm_values.data();
+  a.row_sq = row_sq_values.data();
+  if (needs.z) a.grad_z = matrix_of(grad_z);
+  const BackwardPlan plan(rows, a.columns, a.function.per_channel || needs.companion);
+  const PartialSums sums(plan, a.function, needs.coefficients, needs.companion);
+  const KernelTable& table = kernels();
+  plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) { table.dreg_backward(a, tile, sums.of(slab, split)); });
+  return {grad_z, needs.companion ? sums.row_sq_gradient(*row_sq, z) : nothing(z),
+          needs.coefficients ? sums.coefficient_gradient(*coeffs, z) : nothing(z)};
+}
+
+// ---- tangents -----------------------------------------------------------------------------------------------------
+
+void check_tangents(const Tensor& z, const Tensor& z_dot) {
+  auto expected = sizes_of(z);
+  expected.insert(expected.begin(), z_dot.dim() > 0 ? z_dot.size(0) : 0);
+  STD_TORCH_CHECK(sizes_of(z_dot) == expected && z_dot.scalar_type() == z.scalar_type(),
+                  "chainzrule_kernels: z_dot must be (T, *z.shape) with the dtype of z");
+}
+
+std::tuple<Tensor, Tensor, Tensor> tangent_forward(const Tensor& z, const Tensor& z_dot, const Function& function) {
+  check_tangents(z, z_dot);
+  const Rows z_rows(z);
+  const TangentRows z_dot_rows(z_dot);
+  const Tensor y = empty_like_contiguous(z);
+  const Tensor y_dot = empty_like_contiguous(z_dot);
+  auto norm_sizes = sizes_of(z_dot);
+  norm_sizes.pop_back();
+  const Tensor norm = torch::stable::new_empty(z, norm_sizes, compute_type_of(z));
+  TangentForward a{};
+  a.type = data_type_of(z);
+  a.columns = z.size(z.dim() - 1);
+  a.rows = rows_of(z);
+  a.tangents = z_dot.size(0);
+  a.function = function.spec();
+  a.z = z_rows.matrix();
+  a.z_dot = z_dot_rows.matrix();
+  a.z_dot_tangent_stride = z_dot_rows.tangent_stride();
+  a.y = matrix_of(y);
+  a.y_dot = matrix_of(y_dot);
+  const ForwardPlan plan(a.rows, a.columns);
+  a.splits = plan.splits;
+  std::vector<double> partials;
+  if (plan.splits > 1) {
+    partials.resize(static_cast<size_t>(a.tangents * a.rows * plan.splits));
+    a.norm_partials = partials.data();
+  } else {
+    a.norm = norm.mutable_data_ptr();
+  }
+  const KernelTable& table = kernels();
+  plan.execute(1 + a.tangents, [&](const Tile& tile, int64_t split) { table.tangent_forward(a, tile, split); });
+  if (!partials.empty()) add_splits(partials, plan.splits, norm);
+  return {y, y_dot, norm};
+}
+
+// Gradients of z, z_dot and coeffs (empty where not wanted; coeffs is null for an activation).
+std::tuple<Tensor, Tensor, Tensor> tangent_backward(const Tensor& z, const Tensor& z_dot, const Function& function,
+                                                    const OptionalTensor& coeffs, const OptionalTensor& grad_y,
+                                                    const OptionalTensor& grad_y_dot, const OptionalTensor& grad_norm,
+                                                    Needs needs) {
+  check_tangents(z, z_dot);
+  check_same_shape("grad_y", grad_y, z);
+  check_same_shape("grad_y_dot", grad_y_dot, z_dot);
+  check_count("grad_tangent_sq", grad_norm, rows_of(z_dot));
+  const Rows z_rows(z), grad_y_rows(grad_y);
+  const TangentRows z_dot_rows(z_dot), grad_y_dot_rows(grad_y_dot);
+  const Parameters grad_norm_values(grad_norm, compute_type_of(z));
+  const Tensor grad_z = needs.z ? empty_like_contiguous(z) : nothing(z);
+  const Tensor grad_z_dot = needs.companion ? empty_like_contiguous(z_dot) : nothing(z);
+  TangentBackward a{};
+  a.type = data_type_of(z);
+  a.columns = z.size(z.dim() - 1);
+  a.rows = rows_of(z);
+  a.tangents = z_dot.size(0);
+  a.function = function.spec();
+  a.z = z_rows.matrix();
+  a.z_dot = z_dot_rows.matrix();
+  a.z_dot_tangent_stride = z_dot_rows.tangent_stride();
+  a.grad_y = grad_y_rows.matrix();
+  a.grad_y_dot = grad_y_dot_rows.matrix();
+  a.grad_y_dot_tangent_stride = grad_y_dot_rows.tangent_stride();
+  a.grad_norm = grad_norm_values.data();
+  if (needs.z) a.grad_z = matrix_of(grad_z);
+  if (needs.companion) a.grad_z_dot = matrix_of(grad_z_dot);
+  const BackwardPlan plan(a.rows, a.columns, a.function.per_channel);
+  const PartialSums sums(plan, a.function, needs.coefficients, false);
+  const KernelTable& table = kernels();
+  plan.execute(1 + a.tangents, [&](const Tile& tile, int64_t slab, int64_t split) {
+    table.tangent_backward(a, tile, sums.of(slab, split));
+  });
+  return {grad_z, grad_z_dot, needs.coefficients ? sums.coefficient_gradient(*coeffs, z) : nothing(z)};
+}
+
+// ---- the operators, with the signatures of their schemas ----------------------------------------------------------
+
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+Tensor polynomial(const Tensor& z, const Tensor& coeffs) {
+  check_data(z);
+  const Tensor y = empty_like_contiguous(z);
+  run_dreg_forward(z, Function(coeffs, z), std::nullopt, y, std::nullopt, std::nullopt);
+  return y;
+}
+
+Three polynomial_dreg(const Tensor& z, const OptionalTensor& row_sq, const Tensor& coeffs, bool return_derivative) {
+  check_data(z);
+  return dreg_forward(z, row_sq, Function(coeffs, z), return_derivative);
+}
+
+Three polynomial_dreg_backward(const Tensor& z, const OptionalTensor& row_sq, const Tensor& coeffs,
+                               const OptionalTensor& grad_y, const OptionalTensor& grad_jac_sq,
+                               const OptionalTensor& grad_derivative, bool needs_z, bool needs_row_sq, bool needs_coeffs) {
+  check_data(z);
+  return dreg_backward(z, row_sq, Function(coeffs, z), coeffs, grad_y, grad_jac_sq, grad_derivative,
+                       {needs_z, needs_row_sq, needs_coeffs});
+}
+
+Three activation_dreg(const Tensor& z, const OptionalTensor& row_sq, const std::string& kind, bool return_derivative) {
+  check_data(z);
+  return dreg_forward(z, row_sq, Function(kind), return_derivative);
+}
+
+Two activation_dreg_backward(const Tensor& z, const OptionalTensor& row_sq, const OptionalTensor& grad_y,
+                             const OptionalTensor& grad_jac_sq, const OptionalTensor& grad_derivative,
+                             const std::string& kind, bool needs_z, bool needs_row_sq) {
+  check_data(z);
+  const auto [dz, drow_sq, dcoeffs] = dreg_backward(z, row_sq, Function(kind), std::nullopt, grad_y, grad_jac_sq,
+                                                    grad_derivative, {needs_z, needs_row_sq, false});
+  return {dz, drow_sq};
+}
+
+Three polynomial_tangent(const Tensor& z, const Tensor& z_dot, const Tensor& coeffs) {
+  check_data(z);
+  return tangent_forward(z, z_dot, Function(coeffs, z));
+}
+
+Three polynomial_tangent_backward(const Tensor& z, const Tensor& z_dot, const Tensor& coeffs, const OptionalTensor& grad_y,
+                                  const OptionalTensor& grad_y_dot, const OptionalTensor& grad_tangent_sq, bool needs_z,
+                                  bool needs_z_dot, bool needs_coeffs) {
+  check_data(z);
+  return tangent_backward(z, z_dot, Function(coeffs, z), coeffs, grad_y, grad_y_dot, grad_tangent_sq,
+                          {needs_z, needs_z_dot, needs_coeffs});
+}
+
+Three activation_tangent(const Tensor& z, const Tensor& z_dot, const std::string& kind) {
+  check_data(z);
+  return tangent_forward(z, z_dot, Function(kind));
+}
+
+Two activation_tangent_backward(const Tensor& z, const Tensor& z_dot, const OptionalTensor& grad_y,
+                                const OptionalTensor& grad_y_dot, const OptionalTensor& grad_tangent_sq,
+                                const std::string& kind, bool needs_z, bool needs_z_dot) {
+  check_data(z);
+  const auto [dz, dz_dot, dcoeffs] = tangent_backward(z, z_dot, Function(kind), std::nullopt, grad_y, grad_y_dot,
+                                                      grad_tangent_sq, {needs_z, needs_z_dot, false});
+  return {dz, dz_dot};
+}
+
+}  // namespace
+}  // namespace chainzrule
+
+STABLE_TORCH_LIBRARY_IMPL(chainzrule_kernels, CPU, library) {
+  library.impl("polynomial", TORCH_BOX(&chainzrule::polynomial));
+  library.impl("polynomial_dreg", TORCH_BOX(&chainzrule::polynomial_dreg));
+  library.impl("polynomial_dreg_backward", TORCH_BOX(&chainzrule::polynomial_dreg_backward));
+  library.impl("activation_dreg", TORCH_BOX(&chainzrule::activation_dreg));
+  library.impl("activation_dreg_backward", TORCH_BOX(&chainzrule::activation_dreg_backward));
+  library.impl("polynomial_tangent", TORCH_BOX(&chainzrule::polynomial_tangent));
+  library.impl("polynomial_tangent_backward", TORCH_BOX(&chainzrule::polynomial_tangent_backward));
+  library.impl("activation_tangent", TORCH_BOX(&chainzrule::activation_tangent));
+  library.impl("activation_tangent_backward", TORCH_BOX(&chainzrule::activation_tangent_backward));
+}

@@ -1,0 +1,223 @@
+// Vectors of float and double as wide as the instruction set has them, and the elementary functions on them.
+//
+// These are the vector types of GCC and Clang: arithmetic, comparison and `condition ? a : b` work element by element, on any
+// machine. CHAINZRULE_VECTOR_BYTES is 64 for AVX-512, 32 for AVX2, 16 elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "math/elementary.h"
+#include "math/target.h"
+
+namespace chainzrule::CHAINZRULE_TARGET {
+
+using VectorFloat = float __attribute__((vector_size(CHAINZRULE_VECTOR_BYTES)));
+using VectorDouble = double __attribute__((vector_size(CHAINZRULE_VECTOR_BYTES)));
+using VectorInt = int32_t __attribute__((vector_size(CHAINZRULE_VECTOR_BYTES)));
+using VectorLong = int64_t __attribute__((vector_size(CHAINZRULE_VECTOR_BYTES)));
+
+template <>
+struct ElementOf<VectorFloat> {
+  using type = float;
+};
+template <>
+struct ElementOf<VectorDouble> {
+  using type = double;
+};
+
+template <class E>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = VectorFloat;
+  using Index = VectorInt;
+};
+template <>
+struct VectorOf<double> {
+  using type = VectorDouble;
+  using Index = VectorLong;
+};
+template <class E>
+using Vector = typename VectorOf<E>::type;
+
+template <class E>
+constexpr int64_t kLanes = CHAINZRULE_VECTOR_BYTES / static_cast<int64_t>(sizeof(E));
+
+template <class E>
+CHAINZRULE_INLINE Vector<E> broadcast(E x) {
+  return x - Vector<E>{};  // x - 0 keeps the sign of a zero
+}
+
+// How many elements of a vector are there: all of them, or the first few at the end of a row.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+template <class E>
+CHAINZRULE_INLINE Vector<E> load(const E* from, Whole) {
+  Vector<E> result;
+  std::memcpy(&result, from, sizeof(result));
+  return result;
+}
+template <class E>
+CHAINZRULE_INLINE Vector<E> load(const E* from, Part part) {
+  Vector<E> result{};
+  for (int64_t lane = 0; lane < kLanes<E>; ++lane) {
+    if (lane < part.count) result[lane] = from[lane];
+  }
+  return result;
+}
+
+template <class E>
+CHAINZRULE_INLINE void store(E* to, Vector<E> x, Whole) {
+  std::memcpy(to, &x, sizeof(x));
+}
+template <class E>
+CHAINZRULE_INLINE void store(E* to, Vector<E> x, Part part) {
+  for (int64_t lane = 0; lane < kLanes<E>; ++lane) {
+    if (lane < part.count) to[lane] = x[lane];
+  }
+}
+
+// The vector with zeros in the elements that are not there, whatever stands in them.
+template <class V>
+CHAINZRULE_INLINE V keep(V x, Whole) {
+  return x;
+}
+template <class V>
+CHAINZRULE_INLINE V keep(V x, Part part) {
+  using E = Element<V>;
+  V result{};
+  for (int64_t lane = 0; lane < kLanes<E>; ++lane) {
+    if (lane < part.count) result[lane] = x[lane];
+  }
+  return result;
+}
+
+// The sum of the elements, pairwise.
+template <class E>
+CHAINZRULE_INLINE double sum_of_lanes(Vector<E> x) {
+  E lanes[kLanes<E>];
+  std::memcpy(lanes, &x, sizeof(x));
+  for (int64_t half = kLanes<E> / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return static_cast<double>(lanes[0]);
+}
+
+// Calls body(offset, Whole) for each whole vector of n elements and body(offset, Part) for what is left.
+template <class E, class Body>
+CHAINZRULE_INLINE void for_each_vector(int64_t n, const Body& body) {
+  int64_t j = 0;
+  for (; j + kLanes<E> <= n; j += kLanes<E>) body(j, Whole{});
+  if (j < n) body(j, Part{n - j});
+}
+
+// ---- elementary functions of float vectors, within about one unit in the last place --------------------------------
+
+CHAINZRULE_INLINE VectorFloat as_float(VectorInt x) { return reinterpret_cast<VectorFloat>(x); }
+CHAINZRULE_INLINE VectorInt as_int(VectorFloat x) { return reinterpret_cast<VectorInt>(x); }
+
+CHAINZRULE_INLINE VectorFloat with_sign_of(VectorFloat magnitude, VectorFloat sign) {
+  return as_float((as_int(magnitude) & 0x7FFFFFFF) | (as_int(sign) & static_cast<int32_t>(0x80000000)));
+}
+
+CHAINZRULE_INLINE VectorFloat exponential(VectorFloat x) {
+  // Beyond these the result is 0 or Inf; NaN compares false and stays.
+  x = x > 89.0f ? broadcast(89.0f) : x;
+  x = x < -104.0f ? broadcast(-104.0f) : x;
+  // x = n log 2 + r, |r| <= log(2)/2. Adding 1.5 * 2^23 rounds to an integer, which then stands in the last bits.
+  const float magic = 12582912.0f;
+  const VectorFloat shifted = x * 1.44269504088896341f + magic;
+  const VectorFloat n = shifted - magic;
+  VectorFloat r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  VectorFloat p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n in two factors, so that subnormal results and n = 128 come out right.
+  const VectorInt exponent = as_int(shifted) - as_int(broadcast(magic));
+  const VectorInt half = exponent >> 1;
+  return p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
+}
+
+CHAINZRULE_INLINE VectorFloat error_function(VectorFloat x) {
+  const VectorFloat t = absolute(x);
+  const VectorFloat s = x * x;
+  // |x| > 0.93: 1 - exp(polynomial)
+  VectorFloat far = (-1.72853470e-5f * t + 3.83197126e-4f) * s + (-3.88396438e-3f * t + 2.42546219e-2f);
+  far = far * t - 1.06777877e-1f;
+  far = far * t - 6.34846687e-1f;
+  far = far * t - 1.28717512e-1f;
+  far = far * t - t;
+  far = with_sign_of(1.0f - exponential(far), x);
+  // |x| <= 0.93: x + x * polynomial(x^2)
+  VectorFloat near = -5.96761703e-4f * s + 4.99119423e-3f;
+  near = near * s - 2.67681349e-2f;
+  near = near * s + 1.12819925e-1f;
+  near = near * s - 3.76125336e-1f;
+  near = near * s + 1.28379166e-1f;
+  near = near * x + x;
+  return t <= 0.927734375f ? near : far;
+}
+
+CHAINZRULE_INLINE VectorFloat hyperbolic_tangent(VectorFloat x, VectorFloat decay) {
+  const VectorFloat s = x * x;
+  VectorFloat near = -5.70498872745e-3f * s + 2.06390887954e-2f;
+  near = near * s - 5.37397155531e-2f;
+  near = near * s + 1.33314422036e-1f;
+  near = near * s - 3.33332819422e-1f;
+  near = near * (s * x) + x;
+  const VectorFloat far = with_sign_of((1.0f - decay) / (1.0f + decay), x);
+  return absolute(x) < 0.625f ? near : far;
+}
+
+// For 0 <= x <= 1, which is all that softplus asks of it.
+CHAINZRULE_INLINE VectorFloat logarithm_of_one_plus(VectorFloat x) {
+  const VectorFloat sum = 1.0f + x;
+  const VectorFloat lost = x - (sum - 1.0f);
+  const VectorInt large = sum > 1.41421356f;
+  const VectorFloat m = (large ? 0.5f * sum : sum) - 1.0f;
+  const VectorFloat m_sq = m * m;
+  VectorFloat p = 7.0376836292e-2f * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  p = p * m * m_sq - 0.5f * m_sq;
+  const VectorFloat high = large ? broadcast(0.693359375f) : VectorFloat{};
+  const VectorFloat low = large ? broadcast(-2.12194440e-4f) : VectorFloat{};
+  return high + (m + (p + (low + lost / sum)));
+}
+
+// ---- elementary functions of double vectors: the C library's, element by element (float64 is for checking) -----------
+
+template <class Function>
+CHAINZRULE_INLINE VectorDouble for_each_lane(VectorDouble x, const Function& function) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = function(x[lane]);
+  return x;
+}
+
+CHAINZRULE_INLINE VectorDouble exponential(VectorDouble x) {
+  return for_each_lane(x, [](double v) { return exponential(v); });
+}
+CHAINZRULE_INLINE VectorDouble error_function(VectorDouble x) {
+  return for_each_lane(x, [](double v) { return error_function(v); });
+}
+CHAINZRULE_INLINE VectorDouble logarithm_of_one_plus(VectorDouble x) {
+  return for_each_lane(x, [](double v) { return logarithm_of_one_plus(v); });
+}
+CHAINZRULE_INLINE VectorDouble hyperbolic_tangent(VectorDouble x, VectorDouble decay) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = hyperbolic_tangent(x[lane], decay[lane]);
+  return x;
+}
+
+}  // namespace chainzrule::CHAINZRULE_TARGET

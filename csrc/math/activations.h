@@ -1,0 +1,156 @@
+// The fixed activations: value, slope and curvature of each, one struct each.
+//
+// Real is float, double or a vector of them, so `condition ? a : b` selects element by element. The formulas avoid the
+// differences of nearly equal numbers (1 - tanh^2, s (1 - s)) of the textbook ones. The Python twin of this file, with third
+// derivatives, is chainzrule_kernels/functions/activations.py.
+#pragma once
+
+#include "math/elementary.h"
+#include "math/target.h"
+
+namespace chainzrule::CHAINZRULE_TARGET {
+
+struct Relu {
+  static constexpr const char* kName = "relu";
+
+  template <class Real>
+  static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
+    using E = Element<Real>;
+    // As in PyTorch: slope 0 at 0, and NaN passes through.
+    const Real zero = Real{};
+    const Real one = zero + E(1);
+    return {z < E(0) ? zero : z, z <= E(0) ? zero : one, zero};
+  }
+};
+
+struct Gelu {
+  static constexpr const char* kName = "gelu";
+
+  template <class Real>
+  static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
+    using E = Element<Real>;
+    const Real z_sq = z * z;
+    const Real density = E(0.39894228040143267794) * exponential(E(-0.5) * z_sq);
+    const Real probability = E(0.5) + E(0.5) * error_function(E(0.70710678118654752440) * z);
+    return {z * probability, probability + z * density, density * (E(2) - z_sq)};
+  }
+};
+
+// The logistic function with its first two derivatives, from t = exp(-|z|), which never overflows.
+template <class Real>
+CHAINZRULE_INLINE Jet<Real> logistic(Real z) {
+  using E = Element<Real>;
+  const Real t = exponential(-absolute(z));
+  const Real r = E(1) / (E(1) + t);
+  const Real slope = t * r * r;
+  const Real twist = (t - E(1)) * r;  // 1 - 2 s for z >= 0
+  return {z < E(0) ? t * r : r, slope, slope * (z < E(0) ? -twist : twist)};
+}
+
+// tanh with its first two derivatives.
+template <class Real>
+CHAINZRULE_INLINE Jet<Real> tangent_hyperbolic(Real z) {
+  using E = Element<Real>;
+  const Real decay = exponential(E(-2) * absolute(z));
+  const Real r = E(1) / (E(1) + decay);
+  const Real value = hyperbolic_tangent(z, decay);
+  const Real slope = E(4) * decay * r * r;
+  return {value, slope, E(-2) * value * slope};
+}
+
+struct GeluTanh {
+  static constexpr const char* kName = "gelu_tanh";
+
+  template <class Real>
+  static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
+    using E = Element<Real>;
+    const E scale = E(0.79788456080286535588);  // sqrt(2 / pi)
+    const E cubic = E(0.044715);
+    const Real z_sq = z * z;
+    const Jet<Real> t = tangent_hyperbolic(scale * (z + cubic * z_sq * z));
+    const Real inner_1 = scale * (E(1) + E(3) * cubic * z_sq);
+    const Real inner_2 = E(6) * scale * cubic * z;
+    const Real t_1 = t.slope * inner_1;
+    const Real t_2 = t.slope * inner_2 + t.curvature * inner_1 * inner_1;
+    const Real half_z = E(0.5) * z;
+    const Real gate = E(0.5) + E(0.5) * t.value;
+    return {z * gate, gate + half_z * t_1, t_1 + half_z * t_2};
+  }
+};
+
+struct Silu {
+  static constexpr const char* kName = "silu";
+
+  template <class Real>
+  static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
+    using E = Element<Real>;
+    const Jet<Real> s = logistic(z);
+    return {z * s.value, s.value + z * s.slope, E(2) * s.slope + z * s.curvature};
+  }
+};
+
+struct Tanh {
+  static constexpr const char* kName = "tanh";
+
+  template <class Real>
+  static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
+    return tangent_hyperbolic(z);
+  }
+};
+
+struct Sigmoid {
+  static constexpr const char* kName = "sigmoid";
+
+  template <class Real>
+  static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
+    return logistic(z);
+  }
+};
+
+struct Softplus {
+  static constexpr const char* kName = "softplus";
+
+  template <class Real>
+  static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
+    using E = Element<Real>;
+    const Jet<Real> s = logistic(z);
+    const Real positive_part = z < E(0) ? Real{} : z;
+    return {positive_part + logarithm_of_one_plus(exponential(-absolute(z))), s.value, s.slope};
+  }
+};
+
+struct Mish {
+  static constexpr const char* kName = "mish";
+
+  // z w with w = tanh(softplus(z)) = n / (n + 2), n = e (e + 2), e = exp(z). Beyond `saturation` w is 1 to the last bit.
+  template <class Real>
+  static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
+    using E = Element<Real>;
+    const E saturation = E(30);
+    const Real ceiling = Real{} + saturation;
+    const Real e = exponential(z > saturation ? ceiling : z);
+    const Real n = e * (e + E(2));
+    const Real r = E(1) / (n + E(2));
+    const Real w = n * r;
+    const Real one_minus_w_sq = z > saturation ? Real{} : E(4) * ((n + E(1)) * r) * r;
+    const Jet<Real> s = logistic(z);
+    const Real w_1 = one_minus_w_sq * s.value;
+    const Real w_2 = one_minus_w_sq * (s.slope - E(2) * w * s.value * s.value);
+    return {z * w, w + z * w_1, E(2) * w_1 + z * w_2};
+  }
+};
+
+// Calls `visit` with an object of every activation, in one fixed order.
+template <class Visitor>
+void for_each_activation(Visitor&& visit) {
+  visit(Relu{});
+  visit(Gelu{});
+  visit(GeluTanh{});
+  visit(Silu{});
+  visit(Tanh{});
+  visit(Sigmoid{});
+  visit(Softplus{});
+  visit(Mish{});
+}
+
+}  // namespace chainzrule::CHAINZRULE_TARGET
