@@ -1,0 +1,62 @@
+# The two that matter: `make demo` and `make test`. Both set up .venv first, on a machine that has Python and, for the
+# fast kernels, a C++ compiler. PYTHON chooses the interpreter, MAX_JOBS how many compilers run at once.
+
+PYTHON   ?= python3
+MAX_JOBS ?= 2
+export MAX_JOBS
+
+VENV        := .venv
+IN_VENV     := $(VENV)/bin/python
+INSTALLED   := $(VENV)/installed
+DEPENDABLE  := $(VENV)/dependencies-installed
+SANITIZED   := build/sanitize
+CPP_SOURCES := $(wildcard csrc/*/*)
+
+# With a compiler a build that fails is an error; without one the package goes on in plain PyTorch and says so.
+REQUIRE_NATIVE := $(if $(shell command -v $${CXX:-c++}),1,0)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lint sanitize clean
+
+demo: $(INSTALLED)
+	$(IN_VENV) -m chainzrule_kernels validate
+	$(IN_VENV) -m chainzrule_kernels demo
+
+test: $(INSTALLED)
+	$(IN_VENV) -m pytest -q -n 2 tests
+
+bench: $(INSTALLED)
+	$(IN_VENV) -m pytest -q bench $(if $(QUICK),--quick)
+
+lint: $(DEPENDABLE)
+	$(IN_VENV) -m ruff check
+	$(IN_VENV) -m ruff format --check
+	$(IN_VENV) -m mypy
+
+# The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the installed one. Leaks are not looked for:
+# Python and torch keep memory until the process ends.
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED)/lib $(SANITIZED)/tests
+	CHAINZRULE_KERNELS_SANITIZE=1 CHAINZRULE_KERNELS_REQUIRE_NATIVE=1 \
+	    $(IN_VENV) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	cp -R tests $(SANITIZED)/tests
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib \
+	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	    $(CURDIR)/$(IN_VENV) -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir=. -p no:cacheprovider $(SANITIZED_TESTS)
+
+clean:
+	rm -rf $(VENV) build dist demo-output *.egg-info chainzrule_kernels/*.so
+	rm -rf .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and the package is built without isolation, so that it is compiled against this torch.
+$(DEPENDABLE): constraints.txt
+	test -x $(IN_VENV) || $(PYTHON) -m venv $(VENV)
+	$(IN_VENV) -m pip install --quiet -c constraints.txt torch numpy setuptools wheel ninja pybind11 \
+	    scikit-learn matplotlib rich pytest pytest-xdist pytest-benchmark hypothesis ruff mypy
+	touch $@
+
+$(INSTALLED): $(DEPENDABLE) pyproject.toml setup.py $(CPP_SOURCES)
+	CHAINZRULE_KERNELS_REQUIRE_NATIVE=$(REQUIRE_NATIVE) \
+	    $(IN_VENV) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[demo,bench,test,dev]'
+	touch $@
