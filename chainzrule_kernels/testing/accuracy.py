@@ -1,0 +1,187 @@
+r"""How large a rounding error may be: the one definition that ``validate`` and the tests use.
+
+For each result and each gradient, from the same rounded inputs:
+
+* *exact* is the op's definition computed in float64,
+* the *error* of a tensor is ``max |tensor - exact|`` over its elements,
+* the *plain error* is the error of the expression that a user of eager PyTorch would write in the data's own dtype
+  (:meth:`~chainzrule_kernels.testing.cases.Case.plain_expression`), the largest of :data:`DRAWS` draws of the inputs. One
+  draw would not do: the gradient of a coefficient is a single sum, and the error of a single sum is now and then close to
+  zero by luck,
+* the *allowance* is twice the plain error plus one ulp of the tensor's dtype at ``max |exact|``.
+
+Where *exact*, rounded to the tensor's dtype, is finite, the tensor must be finite; where it is NaN or infinite the tensor
+must be the same. Elements at which the plain expression overflows do not enlarge the allowance: the plain error is that of
+its finite elements.
+
+For float64 data *exact* is itself rounded to float64. The plain error is then that of float32, scaled by the ratio of the
+two precisions, and the allowance has room for the error of *exact* too: three times the plain error plus one ulp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from chainzrule_kernels import backends
+from chainzrule_kernels.testing.cases import Case
+from chainzrule_kernels.testing.layouts import Arrangement, Layout, contiguous
+
+DRAWS = 6
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The error of one tensor and what it may be.
+
+    Attributes:
+        quantity: the name of a result, such as ``"jac_sq"``, or of a gradient, such as ``"d coeffs"``.
+        error: the largest difference from the exact values; infinite if an element is wrongly finite or not finite.
+        allowance: the largest error allowed.
+    """
+
+    quantity: str
+    error: float
+    allowance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error stays within the allowance."""
+        return self.error <= self.allowance
+
+    @property
+    def used(self) -> float:
+        """The error as a fraction of the allowance."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.allowance if self.allowance > 0 else math.inf
+
+
+def measure(
+    case: Case,
+    layout: Layout,
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    backend_names: Sequence[str],
+    device: torch.device | str = "cpu",
+) -> dict[str, list[Accuracy]]:
+    """The accuracy of every result and every gradient of a case, for each backend.
+
+    Args:
+        case: the case.
+        layout: shape and arrangement of the data and of the gradients that arrive.
+        dtype: of the data.
+        parameter_dtype: of the other tensors.
+        backend_names: the backends to judge; ``"auto"`` is one.
+        device: where.
+    """
+    tensors, gradients = draw(case, layout.shape, dtype, parameter_dtype, layout.arrange, device, seed=0)
+    exact = in_float64(case, tensors, gradients)
+    values = layout.arrange if layout.changes_values else contiguous
+    plain_errors = _plain_errors(case, layout.shape, values, dtype, parameter_dtype)
+    judged = {}
+    for name in backend_names:
+        with backends.backend(name):
+            actual = results_and_gradients(case, case, tensors, gradients)
+        judged[name] = [compare(key, actual[key], exact[key], plain_errors[key], dtype) for key in actual]
+    return judged
+
+
+def compare(quantity: str, actual: Tensor, exact: Tensor, plain_error: float, dtype: torch.dtype) -> Accuracy:
+    """Judge ``actual`` by the float64 values ``exact`` and by the plain error; ``dtype`` is that of the data."""
+    actual, exact = actual.detach(), exact.detach()
+    information = torch.finfo(actual.dtype)
+    rounded = exact.to(actual.dtype)
+    ulp = max(information.eps * _largest(exact[rounded.isfinite()]), information.smallest_normal * information.eps)
+    multiple = 3 if dtype == torch.float64 else 2
+    return Accuracy(quantity, error_of(actual, exact), multiple * plain_error + ulp)
+
+
+def error_of(actual: Tensor, exact: Tensor) -> float:
+    """The largest difference; infinite where one is finite and the other, rounded to the same dtype, is not."""
+    rounded = exact.to(actual.dtype)
+    finite = rounded.isfinite()
+    same_elsewhere = torch.equal(actual.isnan(), rounded.isnan()) and torch.equal(
+        actual[rounded.isinf()], rounded[rounded.isinf()]
+    )
+    if not same_elsewhere or not actual[finite].isfinite().all():
+        return math.inf
+    return _largest(actual[finite].double() - exact[finite])
+
+
+def draw(
+    case: Case,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    arrange: Arrangement,
+    device: torch.device | str,
+    seed: int,
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """The arguments of a case, and a gradient for each of its results, arranged in the same way."""
+    tensors = case.arguments(
+        shape, dtype, parameter_dtype=parameter_dtype, arrange=arrange, device=device, seed=seed
+    )
+    with torch.no_grad():
+        results = case.plain_expression(tensors)
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(result.shape, generator=generator, dtype=torch.float64) for result in results]
+    return tensors, tuple(
+        arrange(gradient.to(result)) for gradient, result in zip(gradients, results, strict=True)
+    )
+
+
+def in_float64(case: Case, tensors: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The exact results and gradients: the definition in float64, from the same rounded inputs."""
+    doubles = {name: value.detach().double() for name, value in tensors.items()}
+    return results_and_gradients(case, case.reference, doubles, [gradient.double() for gradient in gradients])
+
+
+def results_and_gradients(
+    case: Case,
+    function: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
+    tensors: Mapping[str, Tensor],
+    gradients: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """The results of ``function`` by name, and the gradients of its arguments as ``"d <name>"``."""
+    leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    results = function(leaves)
+    # The slope of relu, for one, does not depend on anything as far as autograd knows.
+    attached = [(result, grad) for result, grad in zip(results, gradients, strict=True) if result.requires_grad]
+    differentiated = torch.autograd.grad(
+        [result for result, _ in attached], tuple(leaves.values()), [grad for _, grad in attached], allow_unused=True
+    )
+    found = dict(zip(case.outputs, results, strict=True))
+    for (name, leaf), gradient in zip(leaves.items(), differentiated, strict=True):
+        found[f"d {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return found
+
+
+@cache
+def _plain_errors(
+    case: Case, shape: tuple[int, ...], values: Arrangement, dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> dict[str, float]:
+    """For each quantity the plain error, on the CPU."""
+    if dtype == torch.float64:
+        scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        in_float32 = _plain_errors(case, shape, values, torch.float32, torch.float32)
+        return {quantity: scale * error for quantity, error in in_float32.items()}
+    largest: dict[str, float] = {}
+    for seed in range(DRAWS):
+        tensors, gradients = draw(case, shape, dtype, parameter_dtype, values, "cpu", seed)
+        exact = in_float64(case, tensors, gradients)
+        plain = results_and_gradients(case, case.plain_expression, tensors, gradients)
+        for quantity, actual in plain.items():
+            both_finite = actual.isfinite() & exact[quantity].to(actual.dtype).isfinite()
+            error = _largest((actual.double() - exact[quantity])[both_finite])
+            largest[quantity] = max(error, largest.get(quantity, 0.0))
+    return largest
+
+
+def _largest(values: Tensor) -> float:
+    return values.detach().abs().max().item() if values.numel() else 0.0

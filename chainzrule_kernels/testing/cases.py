@@ -1,0 +1,337 @@
+"""The table of cases: every op, with every form of its arguments. The one place where a new op is added.
+
+A :class:`Case` knows how to draw arguments for a shape, dtype, arrangement and seed, how to call the op, and the plain
+expression that a user of eager PyTorch would write in the data's own dtype, by which rounding errors are judged
+(:mod:`~chainzrule_kernels.testing.accuracy`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE, Activation, Polynomial, ScalarFunction
+from chainzrule_kernels.ops import PUBLIC_OPS
+from chainzrule_kernels.testing.layouts import Arrangement, contiguous
+
+Arguments = dict[str, Any]
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class TensorArgument:
+    """A differentiable tensor argument.
+
+    Attributes:
+        name: the argument's name in the public function.
+        shape: its shape, given that of the first argument.
+        draw: ``(shape, generator)``: float64 values.
+        is_data: whether it carries a batch, and so follows the dtype and arrangement of the data, or is a parameter.
+    """
+
+    name: str
+    shape: Callable[[Shape], Shape]
+    draw: Callable[[Shape, torch.Generator], Tensor]
+    is_data: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An op with one form of its arguments.
+
+    Attributes:
+        op: the public function.
+        form: what distinguishes the case among those of its op.
+        tensors: the differentiable arguments, the data first.
+        constants: the other arguments, by name.
+        outputs: the names of the results.
+        plain: the same-dtype PyTorch expression: arguments to results.
+        representative: whether a quick check should include the case.
+    """
+
+    op: str
+    form: str
+    tensors: tuple[TensorArgument, ...]
+    constants: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    plain: Callable[[Arguments], tuple[Tensor, ...]] = field(repr=False)
+    representative: bool
+
+    @property
+    def name(self) -> str:
+        """Unique in the table, fit for a test's name."""
+        return f"{self.op}[{self.form}]"
+
+    def arguments(
+        self,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        *,
+        parameter_dtype: torch.dtype | None = None,
+        arrange: Arrangement = contiguous,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        requires_grad: bool = False,
+    ) -> dict[str, Tensor]:
+        """Draw the tensor arguments, by name.
+
+        Args:
+            shape: that of the first argument.
+            dtype: of the data.
+            parameter_dtype: of everything else; that of the data by default.
+            arrange: how the data lies in memory.
+            device: where.
+            seed: the same seed gives the same values, rounded to the dtype, on every device.
+            requires_grad: of every tensor.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {}
+        for argument in self.tensors:
+            values = argument.draw(argument.shape(shape), generator)
+            values = values.to(dtype if argument.is_data else parameter_dtype or dtype).to(device)
+            drawn[argument.name] = (arrange(values) if argument.is_data else values).requires_grad_(requires_grad)
+        return drawn
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Call the public function."""
+        return as_tuple(PUBLIC_OPS[self.op].function(**tensors, **self.constants))
+
+    def reference(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Call the op's definition."""
+        return as_tuple(PUBLIC_OPS[self.op].reference(**tensors, **self.constants))
+
+    def plain_expression(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What a user of eager PyTorch would write: every operation in the dtype of the data.
+
+        Parameters are cast to that dtype first; only the norms are summed in float32 (float64 for float64), since nobody
+        would sum them in half precision. Horner's rule for polynomials, :mod:`torch.nn.functional` for activations, their
+        derivatives by formula, gradients by autograd.
+        """
+        return self.plain({**tensors, **self.constants})
+
+
+def as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An op's results, always as a tuple."""
+    return (results,) if isinstance(results, Tensor) else results
+
+
+# ---- how arguments are drawn --------------------------------------------------------------------------------------
+
+TANGENTS = 3
+EXTRA_FEATURES = 4  # of the output of a linear layer over its input, so that a mix-up of the two shows
+
+
+def _normal(shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _coefficients(shape: Shape, generator: torch.Generator) -> Tensor:
+    # Divided by k!, so that high degrees stay within the range of float16.
+    factorials = torch.tensor([math.factorial(power) for power in range(shape[0])], dtype=torch.float64)
+    return _normal(shape, generator) / factorials.reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _squares(shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.1
+
+
+def _weights(shape: Shape, generator: torch.Generator) -> Tensor:
+    # So that z is of the size 1/2: the float16 expression then overflows at no degree.
+    return _normal(shape, generator) / math.sqrt(4 * max(1, shape[-1]))
+
+
+def _biases(shape: Shape, generator: torch.Generator) -> Tensor:
+    return _normal(shape, generator) / 4
+
+
+Z = TensorArgument("z", lambda z: z, _normal, is_data=True)
+Z_DOT = TensorArgument("z_dot", lambda z: (TANGENTS, *z), _normal, is_data=True)
+X = TensorArgument("x", lambda x: x, _normal, is_data=True)
+ROW_SQ = TensorArgument("row_sq", lambda z: (z[-1],), _squares)
+WEIGHT = TensorArgument("weight", lambda x: (x[-1] + EXTRA_FEATURES, x[-1]), _weights)
+BIAS = TensorArgument("bias", lambda x: (x[-1] + EXTRA_FEATURES,), _biases)
+
+
+def _coeffs(degree: int, per_channel: bool, extra_channels: int = 0) -> TensorArgument:
+    def shape(data: Shape) -> Shape:
+        return (degree + 1, data[-1] + extra_channels) if per_channel else (degree + 1,)
+
+    return TensorArgument("coeffs", shape, _coefficients)
+
+
+# ---- the same-dtype PyTorch expressions -----------------------------------------------------------------------------
+
+
+def _function(arguments: Arguments, dtype: torch.dtype) -> ScalarFunction:
+    return Activation(arguments["kind"]) if "kind" in arguments else Polynomial(arguments["coeffs"].to(dtype))
+
+
+def _norm(squares: Tensor) -> Tensor:
+    return squares.sum(-1, dtype=torch.float64 if squares.dtype == torch.float64 else torch.float32)
+
+
+def _plain_value(arguments: Arguments) -> tuple[Tensor, ...]:
+    z = arguments["z"]
+    return _function(arguments, z.dtype).derivatives(z, 0)
+
+
+def _plain_dreg(arguments: Arguments) -> tuple[Tensor, ...]:
+    z = arguments["z"]
+    value, slope = _function(arguments, z.dtype).derivatives(z, 1)
+    squares = slope.square()
+    if arguments.get("row_sq") is not None:
+        squares = squares * arguments["row_sq"].to(z.dtype)
+    results = (value, _norm(squares))
+    return (*results, slope) if arguments.get("return_derivative") else results
+
+
+def _plain_tangent(arguments: Arguments) -> tuple[Tensor, ...]:
+    z = arguments["z"]
+    value, slope = _function(arguments, z.dtype).derivatives(z, 1)
+    y_dot = slope * arguments["z_dot"]
+    return value, y_dot, _norm(y_dot.square())
+
+
+def _plain_linear_dreg(arguments: Arguments) -> tuple[Tensor, ...]:
+    x = arguments["x"]
+    weight = arguments["weight"].to(x.dtype)
+    bias = arguments["bias"]
+    z = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return _plain_dreg({**arguments, "z": z, "row_sq": weight.square().sum(1)})
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def _each_polynomial() -> list[tuple[str, int, bool]]:
+    return [
+        (f"degree {degree}, {'per channel' if per_channel else 'shared'}", degree, per_channel)
+        for degree in range(1, MAX_DEGREE + 1)
+        for per_channel in (False, True)
+    ]
+
+
+def _polynomial() -> list[Case]:
+    return [
+        Case("polynomial", form, (Z, _coeffs(degree, per_channel)), {}, ("y",), _plain_value, degree == 3)
+        for form, degree, per_channel in _each_polynomial()
+    ]
+
+
+def _dreg(op: str, form: str, function: tuple[TensorArgument, ...], kind: dict[str, str], quick: bool) -> list[Case]:
+    """The four combinations of ``row_sq`` and ``return_derivative``; the last two only where quick."""
+    cases = []
+    for with_derivative in (False, True):
+        for with_row_sq in (True, False):
+            words = [form, *(["row_sq"] if with_row_sq else []), *(["derivative"] if with_derivative else [])]
+            tensors = (Z, *function, *((ROW_SQ,) if with_row_sq else ()))
+            outputs = ("y", "jac_sq", *(("derivative",) if with_derivative else ()))
+            constants = {**kind, "return_derivative": with_derivative}
+            if quick or not with_derivative:
+                cases.append(Case(op, ", ".join(words), tensors, constants, outputs, _plain_dreg, quick))
+    return cases
+
+
+def _polynomial_dreg() -> list[Case]:
+    return [
+        case
+        for form, degree, per_channel in _each_polynomial()
+        for case in _dreg("polynomial_dreg", form, (_coeffs(degree, per_channel),), {}, degree == 3)
+    ]
+
+
+QUICK_KINDS = ("relu", "mish")
+
+
+def _activation_dreg() -> list[Case]:
+    return [
+        case
+        for kind in ACTIVATION_KINDS
+        for case in _dreg("activation_dreg", kind, (), {"kind": kind}, kind in QUICK_KINDS)
+    ]
+
+
+TANGENT_OUTPUTS = ("y", "y_dot", "tangent_sq")
+
+
+def _polynomial_tangent() -> list[Case]:
+    return [
+        Case(
+            "polynomial_tangent",
+            form,
+            (Z, Z_DOT, _coeffs(degree, per_channel)),
+            {},
+            TANGENT_OUTPUTS,
+            _plain_tangent,
+            degree == 3,
+        )
+        for form, degree, per_channel in _each_polynomial()
+    ]
+
+
+def _activation_tangent() -> list[Case]:
+    return [
+        Case(
+            "activation_tangent",
+            kind,
+            (Z, Z_DOT),
+            {"kind": kind},
+            TANGENT_OUTPUTS,
+            _plain_tangent,
+            kind in QUICK_KINDS,
+        )
+        for kind in ACTIVATION_KINDS
+    ]
+
+
+def _linear(
+    op: str, form: str, function: tuple[TensorArgument, ...], constants: dict[str, Any], quick: bool
+) -> list[Case]:
+    """With a bias, and where quick also without."""
+    cases = [
+        Case(
+            op, f"{form}, bias", (X, WEIGHT, BIAS, *function), constants, ("y", "jac_sq"), _plain_linear_dreg, quick
+        )
+    ]
+    if quick:
+        without_bias = {**constants, "bias": None}
+        cases.append(
+            Case(op, form, (X, WEIGHT, *function), without_bias, ("y", "jac_sq"), _plain_linear_dreg, quick)
+        )
+    return cases
+
+
+def _linear_polynomial_dreg() -> list[Case]:
+    return [
+        case
+        for form, degree, per_channel in _each_polynomial()
+        for case in _linear(
+            "linear_polynomial_dreg", form, (_coeffs(degree, per_channel, EXTRA_FEATURES),), {}, degree == 3
+        )
+    ]
+
+
+def _linear_activation_dreg() -> list[Case]:
+    return [
+        case
+        for kind in ACTIVATION_KINDS
+        for case in _linear("linear_activation_dreg", kind, (), {"kind": kind}, kind in QUICK_KINDS)
+    ]
+
+
+CASES: tuple[Case, ...] = (
+    *_polynomial(),
+    *_polynomial_dreg(),
+    *_activation_dreg(),
+    *_polynomial_tangent(),
+    *_activation_tangent(),
+    *_linear_polynomial_dreg(),
+    *_linear_activation_dreg(),
+)
+"""Every op with every form of its arguments."""
