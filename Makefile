@@ -52,8 +52,7 @@ clean:
 # torch comes first and the package is built without isolation, so that it is compiled against this torch.
 $(DEPENDABLE): constraints.txt
 	test -x $(IN_VENV) || $(PYTHON) -m venv $(VENV)
-	$(IN_VENV) -m pip install --quiet -c constraints.txt torch numpy setuptools wheel ninja pybind11 \
-	    scikit-learn matplotlib rich pytest pytest-xdist pytest-benchmark hypothesis ruff mypy
+	$(IN_VENV) -m pip install --quiet -r constraints.txt
 	touch $@
 
 $(INSTALLED): $(DEPENDABLE) pyproject.toml setup.py $(CPP_SOURCES)

@@ -115,9 +115,10 @@ def native_module() -> tuple[list[Any], dict[str, type[Command]]]:
     # module built beside a CUDA torch loadable beside a CPU-only one.
     extension.libraries = ["torch_cpu"]
 
-    class BuildNative(cpp_extension.BuildExtension):  # type: ignore[misc]
+    class BuildNative(cpp_extension.BuildExtension):
         """torch's build; a failure leaves a pure-Python package behind instead of a traceback."""
 
+        extensions: list[Any]
         not_built: Sequence[Any] = ()
 
         def build_extensions(self) -> None:
@@ -151,7 +152,7 @@ def pybind11_include(cpp_extension: Any) -> list[str]:
     return [pybind11.get_include()]
 
 
-class Wheel(bdist_wheel):  # type: ignore[misc]
+class Wheel(bdist_wheel):
     """A wheel that is tagged as pure Python when the native module turned out not to build."""
 
     def run(self) -> None:
