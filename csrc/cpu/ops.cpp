@@ -91,8 +91,9 @@ class Rows {
   bool evenly_spaced() {
     const Tensor& t = *tensor_;
     const int64_t last = t.dim() - 1;
-    if (t.size(last) > 1 && t.stride(last) != 1) return false;
     row_stride_ = t.size(last);
+    if (t.numel() == 0) return true;  // nothing is read
+    if (t.size(last) > 1 && t.stride(last) != 1) return false;
     bool found = false;
     int64_t expected = 0;
     for (int64_t i = last - 1; i >= 0; --i) {
