@@ -1,8 +1,10 @@
 """Fused kernels for polynomial layers and layer-Jacobian regularisation (DREG) in PyTorch."""
 
 from chainzrule_kernels import _native as _native
-from chainzrule_kernels import reference
+from chainzrule_kernels import coefficients, nn, reference, schedules
 from chainzrule_kernels.backends import Explanation, backend, explain
+from chainzrule_kernels.diagnostics import peak_volatility, tail_ratio
+from chainzrule_kernels.dreg import DREG, Reduction
 from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
 from chainzrule_kernels.ops.activation_tangent.op import activation_tangent
@@ -16,16 +18,23 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACTIVATION_KINDS",
+    "DREG",
     "MAX_DEGREE",
     "Explanation",
+    "Reduction",
     "activation_dreg",
     "activation_tangent",
     "backend",
+    "coefficients",
     "explain",
     "linear_activation_dreg",
     "linear_polynomial_dreg",
+    "nn",
+    "peak_volatility",
     "polynomial",
     "polynomial_dreg",
     "polynomial_tangent",
     "reference",
+    "schedules",
+    "tail_ratio",
 ]
