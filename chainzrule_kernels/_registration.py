@@ -7,8 +7,8 @@ An operator of this package is registered with PyTorch's dispatcher once, here, 
 * its *vjp* and *jvp*: formulas for reverse and forward mode. The vjp of a forward operator calls a backward operator (a
   kernel); the vjp of a backward operator is plain PyTorch, differentiable to any order.
 
-The same ``torch.autograd.Function`` serves two callers. Eager code calls it directly, which is what ``torch.func``
-transforms understand. ``torch.compile`` and ``torch.export`` see the bare operator, since Dynamo refuses a Function
+The formulas make a ``torch.autograd.Function``. Eager code calls it directly, which is what ``torch.func`` transforms
+understand. ``torch.compile`` and ``torch.export`` see the bare operator, since Dynamo refuses a Function
 that defines ``jvp``; the operator's Autograd kernel then applies the same Function. Registering with
 ``register_autograd`` alone would give silent zeros under forward-mode differentiation.
 """
@@ -50,7 +50,9 @@ class Operator:
         self.name = schema.split("(")[0]
         self.definition = definition
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self.function = _differentiable_function(self.overload, definition, vjp, jvp)
+        self.eager_function, self.transformable_function = _differentiable_functions(
+            self.overload, definition, vjp, jvp
+        )
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
         library.impl(self.name, self._autograd_kernel, "Autograd")
         library.impl(self.name, _with_contiguous_outputs(definition), "CompositeExplicitAutograd")
@@ -58,13 +60,15 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.overload(*inputs)
-        if _nested_forward_mode():
-            # PyTorch drops the outer level when a Function's jvp is differentiated in forward mode again.
-            return self.definition(*inputs)
-        if _nothing_to_differentiate(inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.overload(*inputs)
-        return self.function.apply(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            if _nested_forward_mode():
+                # PyTorch drops the outer level when a Function's jvp is differentiated in forward mode again.
+                return self.definition(*inputs)
+            return self.transformable_function.apply(*inputs)
+        if _something_to_differentiate(inputs):
+            return self.eager_function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*inputs)
 
     def _autograd_kernel(self, *inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
@@ -72,35 +76,64 @@ class Operator:
                 f"torch.ops.{NAMESPACE}.{self.name} cannot be called under a torch.func transform; call the public "
                 f"function of {NAMESPACE} instead"
             )
-        return self.function.apply(*inputs)
+        return self.eager_function.apply(*inputs)
 
 
-def _nothing_to_differentiate(inputs: tuple[Any, ...]) -> bool:
-    """Whether an eager call may go straight to the kernel: no gradient, forward-mode level or functorch transform."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if not torch.is_grad_enabled():
+def _something_to_differentiate(inputs: tuple[Any, ...]) -> bool:
+    """Whether an eager call must leave a trace for reverse or forward mode, or may go straight to the kernel."""
+    if forward_ad._current_level >= 0:
         return True
-    return not any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
 def _nested_forward_mode() -> bool:
     """Whether two levels of ``torch.func.jvp`` (or ``jacfwd``) are open."""
-    if not torch._C._are_functorch_transforms_active():
-        return False
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
 
 
-def _differentiable_function(
+def _differentiable_functions(
     overload: Any, definition: Definition, vjp: Derivative, jvp: Tangent
-) -> type[torch.autograd.Function]:
+) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """The operator as an autograd Function: once for eager calls, once for ``torch.func`` transforms.
+
+    They differ in how ``forward`` gets its context. Transforms need ``setup_context``; PyTorch then inspects the signature
+    at every call, which costs several times as much as a small kernel.
+    """
     tensor_count = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in overload._schema.arguments)
     argument_count = len(overload._schema.arguments)
+    no_gradients = (None,) * argument_count
+    no_constant_gradients = (None,) * (argument_count - tensor_count)
     single_output = len(overload._schema.returns) == 1
-    constants_count = argument_count - tensor_count
 
-    class Function(torch.autograd.Function):
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if all(grad is None for grad in grads):
+                return no_gradients
+            needs = ctx.needs_input_grad[:tensor_count]
+            result = vjp((*ctx.saved_tensors, *ctx.constants), needs, grads)
+            return (*(grad if need else None for grad, need in zip(result, needs, strict=True)), *no_constant_gradients)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            result = tuple(jvp((*ctx.saved_tensors, *ctx.constants), tangents[:tensor_count]))
+            return result[0] if single_output else result
+
+    class Eager(Differentiable):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            tensors = inputs[:tensor_count]
+            ctx.save_for_backward(*tensors)
+            if forward_ad._current_level >= 0:
+                ctx.save_for_forward(*tensors)
+            ctx.constants = inputs[tensor_count:]
+            # An output that was not used then arrives as None rather than as a tensor of zeros.
+            ctx.set_materialize_grads(False)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*inputs)
+
+    class Transformable(Differentiable):
         @staticmethod
         def forward(*inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
@@ -108,26 +141,10 @@ def _differentiable_function(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            tensors = inputs[:tensor_count]
-            ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
+            ctx.save_for_backward(*inputs[:tensor_count])
+            ctx.save_for_forward(*inputs[:tensor_count])
             ctx.constants = inputs[tensor_count:]
-            # An output that was not used then arrives as None rather than as a tensor of zeros.
             ctx.set_materialize_grads(False)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            nothing = (None,) * constants_count
-            if all(grad is None for grad in grads):
-                return (None,) * argument_count
-            needs = ctx.needs_input_grad[:tensor_count]
-            result = vjp((*ctx.saved_tensors, *ctx.constants), needs, grads)
-            return (*(grad if need else None for grad, need in zip(result, needs, strict=True)), *nothing)
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            result = tuple(jvp((*ctx.saved_tensors, *ctx.constants), tangents[:tensor_count]))
-            return result[0] if single_output else result
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -135,8 +152,9 @@ def _differentiable_function(
             outputs = torch.vmap(definition, in_dims=in_dims)(*inputs)
             return outputs, 0 if single_output else (0,) * len(outputs)
 
-    Function.__name__ = Function.__qualname__ = overload._schema.name.split("::")[1]
-    return Function
+    for function in (Eager, Transformable):
+        function.__name__ = function.__qualname__ = overload._schema.name.split("::")[1]
+    return Eager, Transformable
 
 
 def _with_contiguous_outputs(definition: Definition) -> Definition:

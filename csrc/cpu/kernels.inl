@@ -32,7 +32,7 @@ struct SharedPolynomial {
   Polynomial<Vector<E>, Degree> polynomial;
 
   SharedPolynomial(const E* coefficients, int64_t /*columns*/) {
-    for (int k = 0; k <= Degree; ++k) polynomial.coefficients[k] = broadcast(coefficients[k]);
+    unrolled<Degree + 1>([&](auto k) { polynomial.coefficients[k] = broadcast(coefficients[k]); });
   }
   template <class Extent>
   CHAINZRULE_INLINE const Polynomial<Vector<E>, Degree>& at(int64_t, Extent) const {
@@ -51,7 +51,7 @@ struct ChannelPolynomial {
   template <class Extent>
   CHAINZRULE_INLINE Polynomial<Vector<E>, Degree> at(int64_t j, Extent extent) const {
     Polynomial<Vector<E>, Degree> result;
-    for (int k = 0; k <= Degree; ++k) result.coefficients[k] = load(coefficients + k * columns + j, extent);
+    unrolled<Degree + 1>([&](auto k) { result.coefficients[k] = load(coefficients + k * columns + j, extent); });
     return result;
   }
 };
@@ -100,12 +100,12 @@ struct BackwardChunk {
 
 // y, and the sum over the chunk of f'^2 row_sq where kNorm.
 template <class Function, class E, bool kNorm>
-double forward_chunk(const ForwardChunk<E>& chunk) {
+double forward_chunk(ForwardChunk<E> chunk) {
   using V = Vector<E>;
   const Function function(chunk.coefficients, chunk.columns);
   V squares{};
   for_each_vector<E>(chunk.n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
-    const auto f = function.at(j, extent);
+    decltype(auto) f = function.at(j, extent);
     const Jet<V> jet = f.jet(load(chunk.z + j, extent));
     store(chunk.y + j, jet.value, extent);
     if constexpr (kNorm) {
@@ -120,17 +120,17 @@ double forward_chunk(const ForwardChunk<E>& chunk) {
 
 // grad_z = g_y f' + h f'' with h = 2 g_s row_sq f' + g_d; adds to the sums of the parameters.
 template <class Function, class E, bool kValueGradient, bool kSlopeGradient>
-void backward_chunk(const BackwardChunk<E>& chunk) {
+void backward_chunk(BackwardChunk<E> chunk) {
   using V = Vector<E>;
   constexpr int kDegree = Function::kDegree;
   const Function function(chunk.coefficients, chunk.columns);
   V shared_sums[kDegree + 1];
   if constexpr (kDegree > 0 && !Function::kPerChannel) {
-    for (int k = 0; k <= kDegree; ++k) shared_sums[k] = load(chunk.coefficient_sums + k * kLanes<E>, Whole{});
+    unrolled<kDegree + 1>([&](auto k) { shared_sums[k] = load(chunk.coefficient_sums + k * kLanes<E>, Whole{}); });
   }
   const V twice_grad_norm = broadcast(chunk.twice_grad_norm);
   for_each_vector<E>(chunk.n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
-    const auto f = function.at(j, extent);
+    decltype(auto) f = function.at(j, extent);
     const V z = load(chunk.z + j, extent);
     const Jet<V> jet = f.jet(z);
     V g_y{};
@@ -158,16 +158,16 @@ void backward_chunk(const BackwardChunk<E>& chunk) {
     if constexpr (kDegree > 0) {
       if constexpr (Function::kPerChannel) {
         V sums[kDegree + 1];
-        for (int k = 0; k <= kDegree; ++k) sums[k] = load(chunk.coefficient_sums + k * chunk.sums_stride + j, extent);
+        unrolled<kDegree + 1>([&](auto k) { sums[k] = load(chunk.coefficient_sums + k * chunk.sums_stride + j, extent); });
         add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(z, g_y, h, sums);
-        for (int k = 0; k <= kDegree; ++k) store(chunk.coefficient_sums + k * chunk.sums_stride + j, sums[k], extent);
+        unrolled<kDegree + 1>([&](auto k) { store(chunk.coefficient_sums + k * chunk.sums_stride + j, sums[k], extent); });
       } else {
         add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(z, g_y, h, shared_sums);
       }
     }
   });
   if constexpr (kDegree > 0 && !Function::kPerChannel) {
-    for (int k = 0; k <= kDegree; ++k) store(chunk.coefficient_sums + k * kLanes<E>, shared_sums[k], Whole{});
+    unrolled<kDegree + 1>([&](auto k) { store(chunk.coefficient_sums + k * kLanes<E>, shared_sums[k], Whole{}); });
   }
 }
 
@@ -177,9 +177,9 @@ enum Gradients { kOfValue, kOfSlope, kOfBoth };
 
 template <class E>
 struct ChunkFunctions {
-  double (*value)(const ForwardChunk<E>&);
-  double (*value_and_norm)(const ForwardChunk<E>&);
-  std::array<void (*)(const BackwardChunk<E>&), 3> backward;  // by Gradients
+  double (*value)(ForwardChunk<E>);
+  double (*value_and_norm)(ForwardChunk<E>);
+  std::array<void (*)(BackwardChunk<E>), 3> backward;  // by Gradients
 };
 
 template <class Function, class E>

@@ -26,6 +26,15 @@ struct ElementOf<VectorDouble> {
   using type = double;
 };
 
+template <>
+struct ElementOf<VectorInt> {
+  using type = int32_t;
+};
+template <>
+struct ElementOf<VectorLong> {
+  using type = int64_t;
+};
+
 template <class E>
 struct VectorOf;
 template <>
@@ -64,9 +73,7 @@ CHAINZRULE_INLINE Vector<E> load(const E* from, Whole) {
 template <class E>
 CHAINZRULE_INLINE Vector<E> load(const E* from, Part part) {
   Vector<E> result{};
-  for (int64_t lane = 0; lane < kLanes<E>; ++lane) {
-    if (lane < part.count) result[lane] = from[lane];
-  }
+  std::memcpy(&result, from, static_cast<size_t>(part.count) * sizeof(E));
   return result;
 }
 
@@ -76,9 +83,7 @@ CHAINZRULE_INLINE void store(E* to, Vector<E> x, Whole) {
 }
 template <class E>
 CHAINZRULE_INLINE void store(E* to, Vector<E> x, Part part) {
-  for (int64_t lane = 0; lane < kLanes<E>; ++lane) {
-    if (lane < part.count) to[lane] = x[lane];
-  }
+  std::memcpy(to, &x, static_cast<size_t>(part.count) * sizeof(E));
 }
 
 // The vector with zeros in the elements that are not there, whatever stands in them.
@@ -89,11 +94,10 @@ CHAINZRULE_INLINE V keep(V x, Whole) {
 template <class V>
 CHAINZRULE_INLINE V keep(V x, Part part) {
   using E = Element<V>;
-  V result{};
-  for (int64_t lane = 0; lane < kLanes<E>; ++lane) {
-    if (lane < part.count) result[lane] = x[lane];
-  }
-  return result;
+  using Index = typename VectorOf<E>::Index;
+  Index lanes{};
+  for (int64_t lane = 0; lane < kLanes<E>; ++lane) lanes[lane] = static_cast<Element<Index>>(lane);
+  return lanes < static_cast<Element<Index>>(part.count) ? x : V{};
 }
 
 // The sum of the elements, pairwise.

@@ -11,15 +11,17 @@ struct Polynomial {
   Real coefficients[kCoefficients];
 
   CHAINZRULE_INLINE Jet<Real> jet(Real z) const {
-    // Horner's rule for p, and the same recurrence differentiated: p' and p''/2 ride along.
-    Real value = coefficients[Degree];
-    Real slope = Real{};
+    // Horner's rule for p, and the same recurrence differentiated: p' and p''/2 ride along. Their first steps are written as
+    // assignments, because 0 * Inf is not 0.
+    Real value = coefficients[Degree] * z + coefficients[Degree - 1];
+    Real slope = coefficients[Degree];
     Real half_curvature = Real{};
-    for (int k = Degree - 1; k >= 0; --k) {
-      half_curvature = half_curvature * z + slope;
+    unrolled<Degree - 1>([&](auto step) {
+      constexpr int k = Degree - 2 - decltype(step)::value;
+      half_curvature = k == Degree - 2 ? slope : half_curvature * z + slope;
       slope = slope * z + value;
       value = value * z + coefficients[k];
-    }
+    });
     return {value, slope, half_curvature + half_curvature};
   }
 };
@@ -28,19 +30,20 @@ struct Polynomial {
 // gradient that arrives at p and h the gradient that arrives at p'. Either may be absent.
 template <int Degree, bool kValueGradient, bool kSlopeGradient, class Real>
 CHAINZRULE_INLINE void add_coefficient_gradients(Real z, Real g_y, Real h, Real* sums) {
-  Real power = Real{} + Element<Real>(1);  // z^(k-1)
   if constexpr (kValueGradient) sums[0] += g_y;
   const Real g_y_z = kValueGradient ? g_y * z : Real{};
-  for (int k = 1; k <= Degree; ++k) {
+  Real power = z;  // z^(k-1), from k = 2 on
+  unrolled<Degree>([&](auto step) {
+    constexpr int k = decltype(step)::value + 1;
     Real term = g_y_z;
     if constexpr (kSlopeGradient) term = kValueGradient ? term + Element<Real>(k) * h : Element<Real>(k) * h;
-    if (k == 1) {
+    if constexpr (k > 2) power = power * z;
+    if constexpr (k == 1) {
       sums[k] += term;
     } else {
-      power = k == 2 ? z : power * z;
       sums[k] += term * power;
     }
-  }
+  });
 }
 
 }  // namespace chainzrule::CHAINZRULE_TARGET

@@ -5,6 +5,9 @@
 // at hand cannot execute.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #ifndef CHAINZRULE_TARGET
 #define CHAINZRULE_TARGET scalar_target
 #endif
@@ -27,6 +30,17 @@ struct ElementOf {
 
 template <class Real>
 using Element = typename ElementOf<Real>::type;
+
+// Calls body(std::integral_constant<int, 0>), body(std::integral_constant<int, 1>), ... Compilers unroll a loop too late to
+// keep a small array of vectors in registers.
+template <class Body, int... Index>
+CHAINZRULE_INLINE void unrolled_over(const Body& body, std::integer_sequence<int, Index...>) {
+  (body(std::integral_constant<int, Index>{}), ...);
+}
+template <int Count, class Body>
+CHAINZRULE_INLINE void unrolled(const Body& body) {
+  unrolled_over(body, std::make_integer_sequence<int, Count>{});
+}
 
 // f, f' and f'' at one point. What a caller does not use, the compiler removes.
 template <class Real>
