@@ -1,0 +1,149 @@
+"""The ratios that this package promises on a CPU, and what they came to in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from bench.measure import Comparison
+from bench.workloads import MAIN
+
+Results = Mapping[tuple[str, str, str], Comparison]
+"""Comparisons by op, label and stage."""
+
+OVERHEAD_CALLS = 1000
+"""How many calls a timing of the call overhead comprises."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A promise.
+
+    Attributes:
+        what: which quantity, in words.
+        limit: the bound.
+        at_least: whether the quantity must be at least the limit, or at most.
+        measured: the quantity, from the results of a run; None when the run has not measured it.
+        unit: behind the number.
+        reason: what limits the quantity, known for a bound that is missed.
+    """
+
+    what: str
+    limit: float
+    at_least: bool
+    measured: Callable[[Results], float | None]
+    unit: str = "x"
+    reason: str = ""
+
+    def met_by(self, value: float) -> bool:
+        """Whether a value keeps the promise."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+def _at_main_size(results: Results, op: str, stage: str) -> Comparison | None:
+    """The comparison at the main size with the op's usual arguments."""
+    labels = (label for an_op, label, a_stage in results if (an_op, a_stage) == (op, stage))
+    usual = [label for label in labels if label.startswith(f"{MAIN.label} ") and "," not in label]
+    return results[op, usual[0], stage] if usual else None
+
+
+def _ratio(op: str, stage: str, numerator: str, denominator: str) -> Callable[[Results], float | None]:
+    def measured(results: Results) -> float | None:
+        comparison = _at_main_size(results, op, stage)
+        return None if comparison is None else comparison.ratio(numerator, denominator)
+
+    return measured
+
+
+def _overhead(op: str, stage: str) -> Callable[[Results], float | None]:
+    def microseconds(results: Results) -> float | None:
+        comparison = results.get((op, "1x64", stage))
+        if comparison is None or not {"fused", "F.gelu"} <= comparison.timings.keys():
+            return None
+        seconds = comparison.timings["fused"].median - comparison.timings["F.gelu"].median
+        return 1e6 * seconds / OVERHEAD_CALLS
+
+    return microseconds
+
+
+def _memory(op: str) -> Callable[[Results], float | None]:
+    def measured(results: Results) -> float | None:
+        comparison = _at_main_size(results, op, "memory")
+        if comparison is None:
+            return None
+        return comparison.peak_bytes["fused"] / comparison.peak_bytes["eager"]
+
+    return measured
+
+
+BOUNDS: tuple[Bound, ...] = (
+    Bound(
+        "polynomial_dreg forward: a copy of the same bytes takes this part of its time",
+        0.85,
+        True,
+        _ratio("polynomial_dreg", "forward", "copy", "fused"),
+    ),
+    Bound(
+        "polynomial_dreg backward, all gradients: a copy of the same bytes takes this part of its time",
+        0.35,
+        True,
+        _ratio("polynomial_dreg", "backward", "copy", "fused"),
+    ),
+    Bound(
+        "polynomial_dreg forward + backward: faster than eager PyTorch",
+        15,
+        True,
+        _ratio("polynomial_dreg", "both", "eager", "fused"),
+    ),
+    Bound(
+        "polynomial_dreg forward + backward: faster than torch.compile",
+        3,
+        True,
+        _ratio("polynomial_dreg", "both", "compile", "fused"),
+    ),
+    Bound(
+        "linear_polynomial_dreg forward: time over F.linear alone",
+        1.10,
+        False,
+        _ratio("linear_polynomial_dreg", "forward", "fused", "F.linear"),
+    ),
+    Bound(
+        "linear_polynomial_dreg forward + backward: time over F.linear alone",
+        1.10,
+        False,
+        _ratio("linear_polynomial_dreg", "both", "fused", "F.linear"),
+    ),
+    Bound(
+        "training step with DREG: time over the same step without",
+        1.05,
+        False,
+        _ratio("training step", "both", "fused", "without DREG"),
+    ),
+    Bound(
+        "training step with DREG: faster than a double-backward Jacobian penalty, one projection",
+        2,
+        True,
+        _ratio("training step", "both", "double backward", "fused"),
+    ),
+    Bound("polynomial call at 1x64: time over F.gelu", 10, False, _overhead("polynomial", "forward"), "us"),
+    Bound("polynomial_dreg call at 1x64: time over F.gelu", 10, False, _overhead("polynomial_dreg", "forward"), "us"),
+    Bound(
+        "polynomial_dreg call at 1x64 that records gradients: time over F.gelu",
+        10,
+        False,
+        _overhead("polynomial_dreg", "recording"),
+        "us",
+    ),
+    Bound(
+        "polynomial_dreg forward + backward: peak memory over eager PyTorch",
+        0.35,
+        False,
+        _memory("polynomial_dreg"),
+    ),
+    Bound(
+        "training step with DREG: peak memory over eager PyTorch",
+        0.35,
+        False,
+        _memory("training step"),
+    ),
+)

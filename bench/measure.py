@@ -1,0 +1,118 @@
+"""Times and memory: several providers interleaved in one run, after each has shown that its answer is right."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+from bench.providers import Provider
+
+MINIMUM_ROUNDS = 5
+MAXIMUM_ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one call, over the rounds of a run, in seconds."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    rounds: int
+
+
+@dataclass
+class Comparison:
+    """What was measured of one piece of work: a timing for each provider, or why it has none."""
+
+    op: str
+    label: str
+    stage: str
+    timings: dict[str, Timing] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    def ratio(self, numerator: str, denominator: str) -> float | None:
+        """The ratio of two medians; None when one is missing."""
+        if numerator not in self.timings or denominator not in self.timings:
+            return None
+        return self.timings[numerator].median / self.timings[denominator].median
+
+
+def compare(comparison: Comparison, providers: Sequence[Provider], benchmark: Any, seconds: float) -> None:
+    """Check every provider, then time those that are right, interleaved.
+
+    Each round runs every provider twice in a row and times the second run, which finds its own data where its own first
+    run left them; a round of all providers is done before the next begins, so that a machine that slows down slows all
+    of them. The last provider, the fused one, is timed by pytest-benchmark and the others by the same clock.
+
+    Args:
+        comparison: takes the results.
+        providers: the fused one last. One that raises or is wrong gets no timing.
+        benchmark: the fixture of pytest-benchmark.
+        seconds: about how long to measure.
+    """
+    right = [provider for provider in providers if _is_right(provider, comparison)]
+    if providers[-1] not in right:
+        raise AssertionError(f"{providers[-1].name}: {comparison.failures[providers[-1].name]}")
+    *others, last = right
+    start = time.perf_counter()
+    for provider in right:
+        _warm(provider)
+    one_round = 2 * (time.perf_counter() - start)
+    rounds = max(MINIMUM_ROUNDS, min(MAXIMUM_ROUNDS, int(seconds / max(one_round, 1e-9))))
+    samples: dict[str, list[float]] = {provider.name: [] for provider in others}
+
+    def before_each_round() -> tuple[tuple[Any], dict[str, Any]]:
+        for provider in others:
+            _warm(provider)
+            state = provider.prepare()
+            start = time.perf_counter()
+            provider.run(state)
+            samples[provider.name].append(time.perf_counter() - start)
+        _warm(last)
+        return (last.prepare(),), {}
+
+    benchmark.group = f"{comparison.op}, {comparison.label}, {comparison.stage}"
+    benchmark.pedantic(last.run, setup=before_each_round, rounds=rounds, warmup_rounds=0)
+    samples[last.name] = list(benchmark.stats.stats.data)
+    comparison.timings = {name: _timing(values) for name, values in samples.items()}
+    benchmark.extra_info.update({name: timing.median for name, timing in comparison.timings.items()})
+
+
+def peak_allocation(work: Callable[[], Any]) -> int:
+    """The most bytes that PyTorch's CPU allocator had handed out at once for ``work``."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = work()
+    del result
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _is_right(provider: Provider, comparison: Comparison) -> bool:
+    try:
+        wrong = provider.check(provider.run(provider.prepare()))
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+    if wrong is not None:
+        comparison.failures[provider.name] = wrong
+    return wrong is None
+
+
+def _warm(provider: Provider) -> None:
+    provider.run(provider.prepare())
+
+
+def _timing(samples: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(samples, n=4)
+    return Timing(median, lower, upper, len(samples))

@@ -1,0 +1,148 @@
+"""Who computes a workload: eager PyTorch, torch.compile, the fused kernels; and a copy of as many bytes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.workloads import Workload
+
+STAGES = ("forward", "backward", "both")
+"""A forward without gradients; the backward alone; a forward that saves what the backward needs, and the backward."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-10}
+"""Largest difference from float64, relative to the largest value, that still counts as the right answer.
+
+Wide enough for every right one; rounding errors are judged by ``python -m chainzrule_kernels validate``.
+"""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work.
+
+    Attributes:
+        name: ``"eager"``, ``"compile"``, ``"fused"``, ``"copy"``, ….
+        run: the timed part; takes what ``prepare`` returned.
+        prepare: the untimed part, before each run.
+        check: takes what ``run`` returned; says what is wrong with it, or None.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+    check: Callable[[Any], str | None] = lambda result: None
+
+
+def providers_of(workload: Workload, stage: str) -> list[Provider]:
+    """Everything that a workload is compared with, the fused kernels last."""
+    exact = _results(workload.reference, workload.in_float64(), stage)
+    compiled = _compiled(workload)
+    return [
+        *copies(workload, stage),
+        *_matrix_product(workload, stage),
+        _provider("eager", workload.reference, workload, stage, exact),
+        _provider("compile", compiled, workload, stage, exact),
+        _provider("fused", workload.fused, workload, stage, exact),
+    ]
+
+
+def copies(workload: Workload, stage: str) -> list[Provider]:
+    """A copy that moves the bytes of the floor, into a buffer that is ready and into one that it must allocate."""
+    moved = {"forward": workload.forward_bytes, "backward": workload.backward_bytes}
+    moved["both"] = sum(moved.values())
+    source = torch.ones(moved[stage] // 2 // 4)
+    target = torch.empty_like(source)
+    return [
+        Provider("copy", lambda _: target.copy_(source)),
+        Provider("copy into a new buffer", lambda _: source.clone()),
+    ]
+
+
+def _matrix_product(workload: Workload, stage: str) -> list[Provider]:
+    """``F.linear`` alone, for the ops that contain it."""
+    if not workload.op.startswith("linear_"):
+        return []
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor, function: Any) -> Tensor:
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    alone = Workload(workload.op, workload.label, workload.arguments, workload.gradients[:1], 0, 0)
+    exact = _results(linear, alone.in_float64(), stage)
+    return [_provider("F.linear", linear, alone, stage, exact)]
+
+
+def _provider(
+    name: str, function: Callable[..., Any], workload: Workload, stage: str, exact: Sequence[Tensor | None]
+) -> Provider:
+    tolerance = TOLERANCE[workload.arguments[0].dtype]
+
+    def check(results: Any) -> str | None:
+        return disagreement(results, exact, tolerance)
+
+    if stage == "forward":
+        return Provider(name, lambda _: _tuple(function(*workload.arguments)), check=check)
+    arguments, leaves = _with_gradients(workload)
+
+    def forward() -> tuple[Tensor, ...]:
+        return _tuple(function(*arguments))
+
+    def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(outputs, leaves, workload.gradients, allow_unused=True)
+
+    if stage == "backward":
+        return Provider(name, backward, prepare=forward, check=check)
+    return Provider(name, lambda _: backward(forward()), check=check)
+
+
+def disagreement(results: Any, exact: Sequence[Tensor | None], tolerance: float) -> str | None:
+    """What is wrong with the results, or None."""
+    for position, (result, right) in enumerate(zip(results, exact, strict=True)):
+        if right is None or result is None:
+            if result is not right:
+                return f"result {position} is missing"
+            continue
+        scale = right.abs().max().item()
+        error = (result.double() - right).abs().max().item()
+        # Written so that NaN fails.
+        if not error <= tolerance * scale:
+            return f"result {position} is off by {error:.3g}, where values reach {scale:.3g}"
+    return None
+
+
+_latest_compiled: tuple[tuple[str, str], Callable[..., Any]] | None = None
+
+
+def _compiled(workload: Workload) -> Callable[..., Any]:
+    """torch.compile of the definition, for these very shapes, shared by the stages of one workload."""
+    global _latest_compiled
+    key = (workload.op, workload.label)
+    if _latest_compiled is None or _latest_compiled[0] != key:
+        torch.compiler.reset()
+        _latest_compiled = (key, torch.compile(workload.reference, dynamic=False))
+    return _latest_compiled[1]
+
+
+def _results(function: Callable[..., Any], workload: Workload, stage: str) -> list[Tensor | None]:
+    """What a provider's ``run`` should return."""
+    if stage == "forward":
+        return [output.detach() for output in _tuple(function(*workload.arguments))]
+    arguments, leaves = _with_gradients(workload)
+    outputs = _tuple(function(*arguments))
+    return list(torch.autograd.grad(outputs, leaves, workload.gradients, allow_unused=True))
+
+
+def _with_gradients(workload: Workload) -> tuple[list[Any], list[Tensor]]:
+    """The arguments as leaves of their own, and the tensors among them."""
+    arguments = [
+        value.detach().requires_grad_() if isinstance(value, Tensor) else value for value in workload.arguments
+    ]
+    return arguments, [value for value in arguments if isinstance(value, Tensor)]
+
+
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
