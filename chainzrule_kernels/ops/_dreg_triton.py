@@ -1,0 +1,495 @@
+r"""The Triton kernels of ``polynomial``, ``polynomial_dreg`` and ``activation_dreg``, and the operators on them (SPEC 2.2).
+
+The forward reads ``z`` once and writes ``y`` once (and ``f'`` where it is asked for); the norm is summed on the way. The
+backward reads ``z`` and the gradients that arrived once, writes ``dz`` once, and keeps the sums for the parameters in
+registers. Tiles and programs: :mod:`chainzrule_kernels.ops._launch`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chainzrule_kernels.functions import compute_dtype
+from chainzrule_kernels.ops import _launch
+from chainzrule_kernels.ops._call_triton import (
+    added_up,
+    contiguous,
+    empty_like,
+    launch,
+    nothing,
+    per_sample,
+    rows_and_columns,
+)
+from chainzrule_kernels.ops._tiles_triton import (
+    add_coefficient_gradients,
+    channels_at,
+    function_of,
+    load_channels,
+    load_coefficients,
+    no_sums,
+    put_coefficient_sums,
+    tail_of,
+    tile_at,
+    within_threads,
+    within_vectors,
+)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "steps_per_split", "splits"])
+def dreg_forward_kernel(
+    z_pointer,
+    coeffs_pointer,
+    row_sq_pointer,
+    y_pointer,
+    derivative_pointer,
+    norm_pointer,
+    rows: tl.int64,
+    columns: tl.int64,
+    steps_per_split: tl.int64,
+    splits: tl.int64,
+    KIND: tl.constexpr,
+    DEGREE: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """``y = f(z)``; where they have a pointer ``derivative = f'(z)`` and ``norm[row, split] = Σ_j f'(z_j)² row_sq_j``."""
+    DATA: tl.constexpr = z_pointer.dtype.element_ty
+    COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    split = program % splits
+    row = program // splits * ROWS + tl.arange(0, ROWS)
+    steps = tl.cdiv(columns + (VECTOR - 1 if SHIFTED else 0), COLUMNS)
+    first_step = split * steps_per_split
+    last_step = tl.minimum(first_step + steps_per_split, steps)
+    squares = tl.zeros((ROWS, COLUMNS // VECTOR), dtype=COMPUTE)
+    if not PER_CHANNEL:
+        shared = load_coefficients(coeffs_pointer, 0, columns, KIND, DEGREE, False, COLUMNS, VECTOR, COMPUTE)
+    for step in range(first_step, last_step):
+        offset, load, own, store, _ = tile_at(row, step, rows, columns, ROWS, COLUMNS, VECTOR, SHIFTED)
+        z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
+        if PER_CHANNEL:
+            coeffs = load_coefficients(coeffs_pointer, step, columns, KIND, DEGREE, True, COLUMNS, VECTOR, COMPUTE)
+        else:
+            coeffs = shared
+        value, slope, _ = function_of(z, coeffs, KIND, DEGREE)
+        tl.store(y_pointer + offset, value.to(DATA), mask=store)
+        if derivative_pointer is not None:
+            tl.store(derivative_pointer + offset, slope.to(DATA), mask=store)
+        if norm_pointer is not None:
+            square = slope * slope
+            if row_sq_pointer is not None:
+                channel, exists = channels_at(step, columns, COLUMNS, VECTOR)
+                square = square * load_channels(row_sq_pointer, 0, columns, channel, exists, VECTOR, COMPUTE)
+            squares += within_vectors(tl.where(own, square, 0.0), ROWS, COLUMNS, VECTOR)
+    norm = tl.sum(squares, axis=1)
+    if SHIFTED:
+        if split == splits - 1:
+            offset, own = tail_of(row, rows, columns, VECTOR)
+            z = tl.load(z_pointer + offset, mask=own, other=0.0).to(COMPUTE)
+            value, slope, _ = function_of(z, shared, KIND, DEGREE)
+            tl.store(y_pointer + offset, value.to(DATA), mask=own)
+            if derivative_pointer is not None:
+                tl.store(derivative_pointer + offset, slope.to(DATA), mask=own)
+            norm += tl.sum(tl.where(own, slope * slope, 0.0), axis=1)
+    if norm_pointer is not None:
+        tl.store(norm_pointer + row * splits + split, norm, mask=row < rows)
+
+
+@triton.jit
+def arriving_at_slope(
+    slope,
+    offset,
+    load,
+    beyond,
+    own,
+    row,
+    rows,
+    row_sq,
+    grad_norm_pointer,
+    grad_norm_stride,
+    grad_derivative_pointer,
+    COLUMNS: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """``h = 2 g_s row_sq f' + g_d`` where it is stored, the same where it is summed (zero elsewhere), and ``g_s``."""
+    h = tl.zeros_like(slope)
+    g_s = h
+    if grad_norm_pointer is not None:
+        g_s = tl.load(grad_norm_pointer + row * grad_norm_stride, mask=row < rows, other=0.0).to(COMPUTE)[:, None]
+        if SHIFTED:
+            # The last vector of a row holds the first elements of the next.
+            next_row = row + 1
+            g_next = tl.load(grad_norm_pointer + next_row * grad_norm_stride, mask=next_row < rows, other=0.0)
+            g_s = tl.where(tl.arange(0, COLUMNS)[None, :] < beyond, g_s, g_next.to(COMPUTE)[:, None])
+        h = (g_s + g_s) * slope * row_sq
+    if grad_derivative_pointer is not None:
+        h += tl.load(grad_derivative_pointer + offset, mask=load, other=0.0).to(COMPUTE)
+    return h, tl.where(own, h, 0.0), g_s
+
+
+@triton.jit(
+    do_not_specialize=[
+        "grad_norm_stride",
+        "rows",
+        "columns",
+        "steps_per_split",
+        "splits",
+        "blocks_per_program",
+    ]
+)
+def dreg_backward_kernel(
+    z_pointer,
+    coeffs_pointer,
+    row_sq_pointer,
+    grad_y_pointer,
+    grad_norm_pointer,
+    grad_derivative_pointer,
+    grad_z_pointer,
+    coefficient_sums_pointer,
+    row_sq_sums_pointer,
+    grad_norm_stride: tl.int64,
+    rows: tl.int64,
+    columns: tl.int64,
+    steps_per_split: tl.int64,
+    splits: tl.int64,
+    blocks_per_program: tl.int64,
+    KIND: tl.constexpr,
+    DEGREE: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COLUMN_BOUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """``grad_z = g_y f' + h f''`` with ``h = 2 g_s row_sq f' + g_d``, and this program's sums for the parameters.
+
+    A null pointer is a gradient that did not arrive, or a result that is not wanted. ``COLUMN_BOUND``: a program stays in
+    one column of tiles and loads once what belongs to the channels.
+    """
+    DATA: tl.constexpr = z_pointer.dtype.element_ty
+    COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
+    OF_VALUE: tl.constexpr = grad_y_pointer is not None
+    OF_SLOPE: tl.constexpr = grad_norm_pointer is not None or grad_derivative_pointer is not None
+    SUM_ROWS: tl.constexpr = ROW_LANES if PER_CHANNEL else ROWS
+    SUM_COLUMNS: tl.constexpr = COLUMNS if PER_CHANNEL else COLUMNS // VECTOR
+    program = tl.program_id(0).to(tl.int64)
+    split = program % splits
+    row_program = program // splits
+    steps = tl.cdiv(columns + (VECTOR - 1 if SHIFTED else 0), COLUMNS)
+    first_step = split * steps_per_split
+    last_step = first_step + 1 if COLUMN_BOUND else tl.minimum(first_step + steps_per_split, steps)
+    blocks = tl.cdiv(rows, ROWS)
+    first_block = row_program * blocks_per_program
+    last_block = tl.minimum(first_block + blocks_per_program, blocks)
+    coeffs = load_coefficients(coeffs_pointer, first_step, columns, KIND, DEGREE, PER_CHANNEL, COLUMNS, VECTOR, COMPUTE)
+    row_sq = 1.0
+    if row_sq_pointer is not None:
+        channel, exists = channels_at(first_step, columns, COLUMNS, VECTOR)
+        row_sq = load_channels(row_sq_pointer, 0, columns, channel, exists, VECTOR, COMPUTE)
+    if coefficient_sums_pointer is not None:
+        sums = no_sums(DEGREE, SUM_ROWS, SUM_COLUMNS, COMPUTE)
+    if row_sq_sums_pointer is not None:
+        row_sq_sums = tl.zeros((ROW_LANES, COLUMNS), dtype=COMPUTE)
+    for block in range(first_block, last_block):
+        row = block * ROWS + tl.arange(0, ROWS)
+        for step in range(first_step, last_step):
+            offset, load, own, store, beyond = tile_at(row, step, rows, columns, ROWS, COLUMNS, VECTOR, SHIFTED)
+            z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
+            at_value = tl.zeros_like(z)
+            if grad_y_pointer is not None:
+                at_value = tl.load(grad_y_pointer + offset, mask=load, other=0.0).to(COMPUTE)
+            _, slope, curvature = function_of(z, coeffs, KIND, DEGREE)
+            h, at_slope, g_s = arriving_at_slope(
+                slope,
+                offset,
+                load,
+                beyond,
+                own,
+                row,
+                rows,
+                row_sq,
+                grad_norm_pointer,
+                grad_norm_stride,
+                grad_derivative_pointer,
+                COLUMNS,
+                SHIFTED,
+                COMPUTE,
+            )
+            if grad_z_pointer is not None:
+                if OF_VALUE and OF_SLOPE:
+                    grad_z = at_value * slope + h * curvature
+                elif OF_VALUE:
+                    grad_z = at_value * slope
+                else:
+                    grad_z = h * curvature
+                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
+            if coefficient_sums_pointer is not None:
+                if SHIFTED:
+                    z = tl.where(own, z, 0.0)
+                    at_value = tl.where(own, at_value, 0.0)
+                sums = add_coefficient_gradients(
+                    sums,
+                    z,
+                    at_value,
+                    at_slope,
+                    OF_VALUE,
+                    OF_SLOPE,
+                    DEGREE,
+                    PER_CHANNEL,
+                    ROWS,
+                    ROW_LANES,
+                    COLUMNS,
+                    VECTOR,
+                )
+            if row_sq_sums_pointer is not None:
+                square = tl.where(own, g_s * slope * slope, 0.0)
+                row_sq_sums += within_threads(square, ROWS, ROW_LANES, COLUMNS)
+    if SHIFTED:
+        if split == splits - 1:
+            row = (last_block - 1) * ROWS + tl.arange(0, ROWS)
+            offset, own = tail_of(row, rows, columns, VECTOR)
+            z = tl.load(z_pointer + offset, mask=own, other=0.0).to(COMPUTE)
+            at_value = tl.zeros_like(z)
+            if grad_y_pointer is not None:
+                at_value = tl.load(grad_y_pointer + offset, mask=own, other=0.0).to(COMPUTE)
+            _, slope, curvature = function_of(z, coeffs, KIND, DEGREE)
+            h, at_slope, _ = arriving_at_slope(
+                slope,
+                offset,
+                own,
+                0,
+                own,
+                row,
+                rows,
+                row_sq,
+                grad_norm_pointer,
+                grad_norm_stride,
+                grad_derivative_pointer,
+                VECTOR,
+                False,
+                COMPUTE,
+            )
+            if grad_z_pointer is not None:
+                if OF_VALUE and OF_SLOPE:
+                    grad_z = at_value * slope + h * curvature
+                elif OF_VALUE:
+                    grad_z = at_value * slope
+                else:
+                    grad_z = h * curvature
+                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=own)
+            if coefficient_sums_pointer is not None:
+                tail_sums = add_coefficient_gradients(
+                    no_sums(DEGREE, ROWS, 1, COMPUTE),
+                    z,
+                    at_value,
+                    at_slope,
+                    OF_VALUE,
+                    OF_SLOPE,
+                    DEGREE,
+                    False,
+                    ROWS,
+                    1,
+                    VECTOR,
+                    VECTOR,
+                )
+                with_tail = ()
+                for k in tl.static_range(DEGREE + 1):
+                    first_column = tl.arange(0, COLUMNS // VECTOR)[None, :] == 0
+                    with_tail = with_tail + (sums[k] + tl.where(first_column, tail_sums[k], 0.0),)
+                sums = with_tail
+    if coefficient_sums_pointer is not None:
+        put_coefficient_sums(
+            coefficient_sums_pointer,
+            sums,
+            row_program,
+            split,
+            splits,
+            columns,
+            DEGREE,
+            PER_CHANNEL,
+            COLUMNS,
+            VECTOR,
+        )
+    if row_sq_sums_pointer is not None:
+        channel, exists = channels_at(split, columns, COLUMNS, VECTOR)
+        start = row_program * (columns // VECTOR) * VECTOR
+        tl.store(row_sq_sums_pointer + (start + channel), tl.sum(row_sq_sums, axis=0)[None, :], mask=exists)
+
+
+# ---- the operators: from tensors to matrices, plans and pointers, and back ------------------------------------------------
+
+
+def _forward(z: Tensor, row_sq: Tensor | None, coeffs: Tensor | None, kind: str, norm: Tensor | None, slope: bool) -> Any:
+    """``(y, norm, derivative)``; ``norm`` is filled where it is given."""
+    y = empty_like(z)
+    derivative = empty_like(z) if slope else None
+    if z.numel() == 0:
+        if norm is not None:
+            norm.zero_()
+        return y, norm, derivative
+    z, row_sq, coeffs = contiguous(z), contiguous(row_sq), contiguous(coeffs)
+    rows, columns = rows_and_columns(z)
+    itemsize = z.element_size()
+    per_channel = coeffs is not None and coeffs.dim() == 2
+    channel_parameters = per_channel or row_sq is not None
+    if norm is None and not channel_parameters:
+        rows, columns = 1, z.numel()
+        plan, tiles = _launch.flat_plan(columns, itemsize), _launch.flat_tiles(itemsize)
+    else:
+        plan = _launch.forward_plan(rows, columns, itemsize, channel_parameters)
+        tiles = _launch.forward_tiles(itemsize, channel_parameters)
+    parts = norm
+    if norm is not None and plan.splits > 1:
+        parts = norm.new_empty(rows, plan.splits)
+    launch(
+        dreg_forward_kernel,
+        plan,
+        tiles,
+        (z, coeffs, row_sq, y, derivative, parts),
+        (rows, columns, plan.steps_per_split, plan.splits),
+        {"KIND": kind, "DEGREE": 0 if coeffs is None else coeffs.shape[0] - 1, "PER_CHANNEL": per_channel},
+    )
+    if norm is not None and parts is not norm:
+        torch.sum(parts, -1, out=norm.view(-1))
+    return y, norm, derivative
+
+
+def _backward(
+    z: Tensor,
+    row_sq: Tensor | None,
+    coeffs: Tensor | None,
+    kind: str,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``(z, row_sq, coeffs)``, empty where they are not wanted."""
+    needs_z, needs_row_sq, needs_coeffs = needs
+    grad_y, grad_norm, grad_derivative = grads
+    needs_row_sq_sums = needs_row_sq and grad_norm is not None
+    dz = empty_like(z) if needs_z else nothing(z)
+    if z.numel() == 0 or (grad_y is None and grad_norm is None and grad_derivative is None):
+        return (
+            dz.zero_(),
+            torch.zeros_like(row_sq) if needs_row_sq else nothing(z),
+            torch.zeros_like(coeffs) if needs_coeffs else nothing(z),
+        )
+    row_sq_parameter, coeffs_parameter = row_sq, coeffs
+    z, row_sq, coeffs = contiguous(z), contiguous(row_sq), contiguous(coeffs)
+    grad_y, grad_derivative = contiguous(grad_y), contiguous(grad_derivative)
+    grad_norm, grad_norm_stride = per_sample(grad_norm)
+    rows, columns = rows_and_columns(z)
+    itemsize = z.element_size()
+    degree = 0 if coeffs is None else coeffs.shape[0] - 1
+    per_channel = coeffs is not None and coeffs.dim() == 2
+    # Without a norm row_sq does not enter.
+    row_sq = None if grad_norm is None else row_sq
+    column_bound = per_channel or row_sq is not None
+    if column_bound:
+        plan = _launch.channel_backward_plan(rows, columns, itemsize, degree)
+        tiles = _launch.channel_backward_tiles(itemsize, degree)
+    elif grad_norm is None:
+        rows, columns = 1, z.numel()
+        plan = _launch.flat_backward_plan(columns, itemsize, needs_coeffs)
+        tiles = _launch.flat_backward_tiles(itemsize)
+    else:
+        plan = _launch.backward_plan(rows, columns, itemsize, needs_coeffs)
+        tiles = _launch.backward_tiles(itemsize)
+    dtype = compute_dtype(z)
+    coefficient_sums = row_sq_sums = None
+    if needs_coeffs and per_channel:
+        coefficient_sums = z.new_empty((plan.row_programs, degree + 1, columns), dtype=dtype)
+    elif needs_coeffs:
+        coefficient_sums = z.new_empty((plan.programs, degree + 1), dtype=dtype)
+    if needs_row_sq_sums:
+        row_sq_sums = z.new_empty((plan.row_programs, columns), dtype=dtype)
+    launch(
+        dreg_backward_kernel,
+        plan,
+        tiles,
+        (
+            z,
+            coeffs,
+            row_sq,
+            grad_y,
+            grad_norm,
+            grad_derivative,
+            dz if needs_z else None,
+            coefficient_sums,
+            row_sq_sums,
+        ),
+        (grad_norm_stride, rows, columns, plan.steps_per_split, plan.splits, plan.blocks_per_program),
+        {"KIND": kind, "DEGREE": degree, "PER_CHANNEL": per_channel, "COLUMN_BOUND": column_bound},
+    )
+    return (
+        dz,
+        added_up(row_sq_sums, row_sq_parameter) if needs_row_sq else nothing(z),
+        added_up(coefficient_sums, coeffs_parameter) if needs_coeffs else nothing(z),
+    )
+
+
+def _dreg(
+    z: Tensor, row_sq: Tensor | None, coeffs: Tensor | None, kind: str, return_derivative: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm = z.new_empty(z.shape[:-1], dtype=compute_dtype(z))
+    y, norm, derivative = _forward(z, row_sq, coeffs, kind, norm, return_derivative)
+    return y, norm, nothing(z) if derivative is None else derivative
+
+
+def polynomial(z: Tensor, coeffs: Tensor) -> Tensor:
+    """The operator ``polynomial``."""
+    return _forward(z, None, coeffs, "polynomial", None, False)[0]
+
+
+def polynomial_dreg(
+    z: Tensor, row_sq: Tensor | None, coeffs: Tensor, return_derivative: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``polynomial_dreg``."""
+    return _dreg(z, row_sq, coeffs, "polynomial", return_derivative)
+
+
+def polynomial_dreg_backward(
+    z: Tensor,
+    row_sq: Tensor | None,
+    coeffs: Tensor,
+    grad_y: Tensor | None,
+    grad_jac_sq: Tensor | None,
+    grad_derivative: Tensor | None,
+    needs_z: bool,
+    needs_row_sq: bool,
+    needs_coeffs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``polynomial_dreg_backward``."""
+    grads = (grad_y, grad_jac_sq, grad_derivative)
+    return _backward(z, row_sq, coeffs, "polynomial", grads, (needs_z, needs_row_sq, needs_coeffs))
+
+
+def activation_dreg(
+    z: Tensor, row_sq: Tensor | None, kind: str, return_derivative: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``activation_dreg``."""
+    return _dreg(z, row_sq, None, kind, return_derivative)
+
+
+def activation_dreg_backward(
+    z: Tensor,
+    row_sq: Tensor | None,
+    grad_y: Tensor | None,
+    grad_jac_sq: Tensor | None,
+    grad_derivative: Tensor | None,
+    kind: str,
+    needs_z: bool,
+    needs_row_sq: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator ``activation_dreg_backward``."""
+    grads = (grad_y, grad_jac_sq, grad_derivative)
+    dz, drow_sq, _ = _backward(z, row_sq, None, kind, grads, (needs_z, needs_row_sq, False))
+    return dz, drow_sq
