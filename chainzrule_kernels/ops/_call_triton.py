@@ -102,10 +102,10 @@ def of_tile(kernel: Any, tile: Tile) -> dict[str, Any]:
     """What a kernel is given of a tile, and how it is compiled."""
     options = {
         "ROWS": tile.rows,
-        "ROW_LANES": tile.row_lanes,
         "COLUMNS": tile.columns,
         "VECTOR": tile.vector,
         "SHIFTED": tile.shifted,
+        "UNROLL": tile.unroll,
     }
     taken = {name: value for name, value in options.items() if name in kernel.arg_names}
     return {**taken, "num_warps": tile.warps, "enable_fp_fusion": True}

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chainzrule_kernels.functions import compute_dtype
+from chainzrule_kernels.functions.triton_functions import function
 from chainzrule_kernels.ops import _launch
 from chainzrule_kernels.ops._call_triton import (
     added_up,
@@ -26,14 +27,12 @@ from chainzrule_kernels.ops._call_triton import (
 from chainzrule_kernels.ops._tiles_triton import (
     add_coefficient_gradients,
     channels_at,
-    function_of,
     load_channels,
     load_coefficients,
     no_sums,
     put_coefficient_sums,
     tail_of,
     tile_at,
-    within_threads,
     within_vectors,
 )
 
@@ -42,7 +41,6 @@ from chainzrule_kernels.ops._tiles_triton import (
 def dreg_forward_kernel(
     z_pointer,
     coeffs_pointer,
-    row_sq_pointer,
     y_pointer,
     derivative_pointer,
     norm_pointer,
@@ -52,13 +50,15 @@ def dreg_forward_kernel(
     splits: tl.int64,
     KIND: tl.constexpr,
     DEGREE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
     SHIFTED: tl.constexpr,
 ):
-    """``y = f(z)``; where they have a pointer ``derivative = f'(z)`` and ``norm[row, split] = Σ_j f'(z_j)² row_sq_j``."""
+    """``y = f(z)``; where they have a pointer, ``derivative = f'(z)`` and ``norm[row, split] = Σ_j f'(z_j)²``.
+
+    The same function for all channels. A program goes through the columns of its rows.
+    """
     DATA: tl.constexpr = z_pointer.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
     program = tl.program_id(0).to(tl.int64)
@@ -68,37 +68,85 @@ def dreg_forward_kernel(
     first_step = split * steps_per_split
     last_step = tl.minimum(first_step + steps_per_split, steps)
     squares = tl.zeros((ROWS, COLUMNS // VECTOR), dtype=COMPUTE)
-    if not PER_CHANNEL:
-        shared = load_coefficients(coeffs_pointer, 0, columns, KIND, DEGREE, False, COLUMNS, VECTOR, COMPUTE)
+    coeffs = load_coefficients(coeffs_pointer, 0, columns, KIND, DEGREE, False, ROWS, COLUMNS, VECTOR, COMPUTE)
     for step in range(first_step, last_step):
-        offset, load, own, store, _ = tile_at(row, step, rows, columns, ROWS, COLUMNS, VECTOR, SHIFTED)
+        offset, load, own, store, _ = tile_at(row, step, rows, columns, COLUMNS, VECTOR, SHIFTED)
         z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
-        if PER_CHANNEL:
-            coeffs = load_coefficients(coeffs_pointer, step, columns, KIND, DEGREE, True, COLUMNS, VECTOR, COMPUTE)
-        else:
-            coeffs = shared
-        value, slope, _ = function_of(z, coeffs, KIND, DEGREE)
+        value, slope, _ = function(z, coeffs, KIND, DEGREE)
         tl.store(y_pointer + offset, value.to(DATA), mask=store)
         if derivative_pointer is not None:
             tl.store(derivative_pointer + offset, slope.to(DATA), mask=store)
         if norm_pointer is not None:
-            square = slope * slope
-            if row_sq_pointer is not None:
-                channel, exists = channels_at(step, columns, COLUMNS, VECTOR)
-                square = square * load_channels(row_sq_pointer, 0, columns, channel, exists, VECTOR, COMPUTE)
-            squares += within_vectors(tl.where(own, square, 0.0), ROWS, COLUMNS, VECTOR)
+            squares += within_vectors(tl.where(own, slope * slope, 0.0), ROWS, COLUMNS, VECTOR)
     norm = tl.sum(squares, axis=1)
     if SHIFTED:
         if split == splits - 1:
             offset, own = tail_of(row, rows, columns, VECTOR)
             z = tl.load(z_pointer + offset, mask=own, other=0.0).to(COMPUTE)
-            value, slope, _ = function_of(z, shared, KIND, DEGREE)
+            value, slope, _ = function(z, coeffs, KIND, DEGREE)
             tl.store(y_pointer + offset, value.to(DATA), mask=own)
             if derivative_pointer is not None:
                 tl.store(derivative_pointer + offset, slope.to(DATA), mask=own)
             norm += tl.sum(tl.where(own, slope * slope, 0.0), axis=1)
     if norm_pointer is not None:
         tl.store(norm_pointer + row * splits + split, norm, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "splits", "blocks_per_program"])
+def dreg_channel_forward_kernel(
+    z_pointer,
+    coeffs_pointer,
+    row_sq_pointer,
+    y_pointer,
+    derivative_pointer,
+    norm_pointer,
+    rows: tl.int64,
+    columns: tl.int64,
+    splits: tl.int64,
+    blocks_per_program: tl.int64,
+    KIND: tl.constexpr,
+    DEGREE: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The same, with ``row_sq`` or coefficients for each channel: ``norm[row, split] = Σ_j f'(z_j)² row_sq_j``.
+
+    A program stays in one column of tiles, keeps in registers what belongs to its channels, and goes through its rows;
+    ``UNROLL`` tiles are loaded at once.
+    """
+    DATA: tl.constexpr = z_pointer.dtype.element_ty
+    COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    split = program % splits
+    first_block = program // splits * blocks_per_program
+    last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(rows, ROWS))
+    coeffs = load_coefficients(
+        coeffs_pointer, split, columns, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE
+    )
+    if row_sq_pointer is not None:
+        row_sq = load_channels(row_sq_pointer, 0, split, columns, ROWS, COLUMNS, VECTOR, COMPUTE)
+    for group in range(first_block, last_block, UNROLL):
+        loaded = ()
+        for u in tl.static_range(UNROLL):
+            row = (group + u) * ROWS + tl.arange(0, ROWS)
+            offset, load, _, _, _ = tile_at(row, split, rows, columns, COLUMNS, VECTOR, False)
+            loaded = loaded + (tl.load(z_pointer + offset, mask=load, other=0.0),)
+        for u in tl.static_range(UNROLL):
+            row = (group + u) * ROWS + tl.arange(0, ROWS)
+            offset, _, own, store, _ = tile_at(row, split, rows, columns, COLUMNS, VECTOR, False)
+            value, slope, _ = function(loaded[u].to(COMPUTE), coeffs, KIND, DEGREE)
+            tl.store(y_pointer + offset, value.to(DATA), mask=store)
+            if derivative_pointer is not None:
+                tl.store(derivative_pointer + offset, slope.to(DATA), mask=store)
+            if norm_pointer is not None:
+                square = slope * slope
+                if row_sq_pointer is not None:
+                    square = square * row_sq
+                norm = tl.sum(tl.where(own, square, 0.0), axis=1)
+                tl.store(norm_pointer + row * splits + split, norm, mask=row < rows)
 
 
 @triton.jit
@@ -134,17 +182,150 @@ def arriving_at_slope(
     return h, tl.where(own, h, 0.0), g_s
 
 
+@triton.jit
+def gradient_of_z(at_value, h, slope, curvature, OF_VALUE: tl.constexpr, OF_SLOPE: tl.constexpr):
+    """``g_y f' + h f''``, of which an absent gradient's part is absent, not zero."""
+    if OF_VALUE and OF_SLOPE:
+        return at_value * slope + h * curvature
+    elif OF_VALUE:
+        return at_value * slope
+    else:
+        return h * curvature
+
+
 @triton.jit(
-    do_not_specialize=[
-        "grad_norm_stride",
-        "rows",
-        "columns",
-        "steps_per_split",
-        "splits",
-        "blocks_per_program",
-    ]
+    do_not_specialize=["grad_norm_stride", "rows", "columns", "steps_per_split", "splits", "blocks_per_program"]
 )
 def dreg_backward_kernel(
+    z_pointer,
+    coeffs_pointer,
+    grad_y_pointer,
+    grad_norm_pointer,
+    grad_derivative_pointer,
+    grad_z_pointer,
+    coefficient_sums_pointer,
+    grad_norm_stride: tl.int64,
+    rows: tl.int64,
+    columns: tl.int64,
+    steps_per_split: tl.int64,
+    splits: tl.int64,
+    blocks_per_program: tl.int64,
+    KIND: tl.constexpr,
+    DEGREE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """``grad_z = g_y f' + h f''`` with ``h = 2 g_s f' + g_d``, and this program's sums for the shared coefficients.
+
+    A null pointer is a gradient that did not arrive, or a result that is not wanted.
+    """
+    DATA: tl.constexpr = z_pointer.dtype.element_ty
+    COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
+    OF_VALUE: tl.constexpr = grad_y_pointer is not None
+    OF_SLOPE: tl.constexpr = grad_norm_pointer is not None or grad_derivative_pointer is not None
+    program = tl.program_id(0).to(tl.int64)
+    split = program % splits
+    row_program = program // splits
+    steps = tl.cdiv(columns + (VECTOR - 1 if SHIFTED else 0), COLUMNS)
+    first_step = split * steps_per_split
+    last_step = tl.minimum(first_step + steps_per_split, steps)
+    first_block = row_program * blocks_per_program
+    last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(rows, ROWS))
+    coeffs = load_coefficients(coeffs_pointer, 0, columns, KIND, DEGREE, False, ROWS, COLUMNS, VECTOR, COMPUTE)
+    if coefficient_sums_pointer is not None:
+        sums = no_sums(DEGREE, ROWS, COLUMNS // VECTOR, COMPUTE)
+    for block in range(first_block, last_block):
+        row = block * ROWS + tl.arange(0, ROWS)
+        for step in range(first_step, last_step):
+            offset, load, own, store, beyond = tile_at(row, step, rows, columns, COLUMNS, VECTOR, SHIFTED)
+            z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
+            at_value = tl.zeros_like(z)
+            if grad_y_pointer is not None:
+                at_value = tl.load(grad_y_pointer + offset, mask=load, other=0.0).to(COMPUTE)
+            _, slope, curvature = function(z, coeffs, KIND, DEGREE)
+            h, at_slope, _ = arriving_at_slope(
+                slope,
+                offset,
+                load,
+                beyond,
+                own,
+                row,
+                rows,
+                1.0,
+                grad_norm_pointer,
+                grad_norm_stride,
+                grad_derivative_pointer,
+                COLUMNS,
+                SHIFTED,
+                COMPUTE,
+            )
+            if grad_z_pointer is not None:
+                grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
+                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
+            if coefficient_sums_pointer is not None:
+                if SHIFTED:
+                    z = tl.where(own, z, 0.0)
+                    at_value = tl.where(own, at_value, 0.0)
+                sums = add_coefficient_gradients(
+                    sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, DEGREE, False, ROWS, COLUMNS, VECTOR
+                )
+    if SHIFTED:
+        if split == splits - 1:
+            row = (last_block - 1) * ROWS + tl.arange(0, ROWS)
+            offset, own = tail_of(row, rows, columns, VECTOR)
+            z = tl.load(z_pointer + offset, mask=own, other=0.0).to(COMPUTE)
+            at_value = tl.zeros_like(z)
+            if grad_y_pointer is not None:
+                at_value = tl.load(grad_y_pointer + offset, mask=own, other=0.0).to(COMPUTE)
+            _, slope, curvature = function(z, coeffs, KIND, DEGREE)
+            h, at_slope, _ = arriving_at_slope(
+                slope,
+                offset,
+                own,
+                0,
+                own,
+                row,
+                rows,
+                1.0,
+                grad_norm_pointer,
+                grad_norm_stride,
+                grad_derivative_pointer,
+                VECTOR,
+                False,
+                COMPUTE,
+            )
+            if grad_z_pointer is not None:
+                grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
+                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=own)
+            if coefficient_sums_pointer is not None:
+                of_tail = add_coefficient_gradients(
+                    no_sums(DEGREE, ROWS, 1, COMPUTE),
+                    z,
+                    at_value,
+                    at_slope,
+                    OF_VALUE,
+                    OF_SLOPE,
+                    DEGREE,
+                    False,
+                    ROWS,
+                    VECTOR,
+                    VECTOR,
+                )
+                with_tail = ()
+                for k in tl.static_range(DEGREE + 1):
+                    first_sum = tl.arange(0, COLUMNS // VECTOR)[None, :] == 0
+                    with_tail = with_tail + (sums[k] + tl.where(first_sum, of_tail[k], 0.0),)
+                sums = with_tail
+    if coefficient_sums_pointer is not None:
+        put_coefficient_sums(
+            coefficient_sums_pointer, sums, row_program, split, splits, columns, DEGREE, False, COLUMNS, VECTOR
+        )
+
+
+@triton.jit(do_not_specialize=["grad_norm_stride", "rows", "columns", "splits", "blocks_per_program"])
+def dreg_channel_backward_kernel(
     z_pointer,
     coeffs_pointer,
     row_sq_pointer,
@@ -157,57 +338,57 @@ def dreg_backward_kernel(
     grad_norm_stride: tl.int64,
     rows: tl.int64,
     columns: tl.int64,
-    steps_per_split: tl.int64,
     splits: tl.int64,
     blocks_per_program: tl.int64,
     KIND: tl.constexpr,
     DEGREE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    COLUMN_BOUND: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """``grad_z = g_y f' + h f''`` with ``h = 2 g_s row_sq f' + g_d``, and this program's sums for the parameters.
+    """The same with ``h = 2 g_s row_sq f' + g_d``, and sums for the coefficients and for ``row_sq``.
 
-    A null pointer is a gradient that did not arrive, or a result that is not wanted. ``COLUMN_BOUND``: a program stays in
-    one column of tiles and loads once what belongs to the channels.
+    A program stays in one column of tiles, keeps in registers what belongs to its channels, and goes through its rows;
+    ``UNROLL`` tiles are loaded at once.
     """
     DATA: tl.constexpr = z_pointer.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
     OF_VALUE: tl.constexpr = grad_y_pointer is not None
     OF_SLOPE: tl.constexpr = grad_norm_pointer is not None or grad_derivative_pointer is not None
-    SUM_ROWS: tl.constexpr = ROW_LANES if PER_CHANNEL else ROWS
-    SUM_COLUMNS: tl.constexpr = COLUMNS if PER_CHANNEL else COLUMNS // VECTOR
     program = tl.program_id(0).to(tl.int64)
     split = program % splits
     row_program = program // splits
-    steps = tl.cdiv(columns + (VECTOR - 1 if SHIFTED else 0), COLUMNS)
-    first_step = split * steps_per_split
-    last_step = first_step + 1 if COLUMN_BOUND else tl.minimum(first_step + steps_per_split, steps)
-    blocks = tl.cdiv(rows, ROWS)
     first_block = row_program * blocks_per_program
-    last_block = tl.minimum(first_block + blocks_per_program, blocks)
-    coeffs = load_coefficients(coeffs_pointer, first_step, columns, KIND, DEGREE, PER_CHANNEL, COLUMNS, VECTOR, COMPUTE)
+    last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(rows, ROWS))
+    coeffs = load_coefficients(
+        coeffs_pointer, split, columns, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE
+    )
     row_sq = 1.0
     if row_sq_pointer is not None:
-        channel, exists = channels_at(first_step, columns, COLUMNS, VECTOR)
-        row_sq = load_channels(row_sq_pointer, 0, columns, channel, exists, VECTOR, COMPUTE)
+        row_sq = load_channels(row_sq_pointer, 0, split, columns, ROWS, COLUMNS, VECTOR, COMPUTE)
     if coefficient_sums_pointer is not None:
-        sums = no_sums(DEGREE, SUM_ROWS, SUM_COLUMNS, COMPUTE)
+        sums = no_sums(DEGREE, ROWS, COLUMNS if PER_CHANNEL else COLUMNS // VECTOR, COMPUTE)
     if row_sq_sums_pointer is not None:
-        row_sq_sums = tl.zeros((ROW_LANES, COLUMNS), dtype=COMPUTE)
-    for block in range(first_block, last_block):
-        row = block * ROWS + tl.arange(0, ROWS)
-        for step in range(first_step, last_step):
-            offset, load, own, store, beyond = tile_at(row, step, rows, columns, ROWS, COLUMNS, VECTOR, SHIFTED)
-            z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
+        row_sq_sums = tl.zeros((ROWS, COLUMNS), dtype=COMPUTE)
+    for group in range(first_block, last_block, UNROLL):
+        loaded_z = ()
+        loaded_grad_y = ()
+        for u in tl.static_range(UNROLL):
+            row = (group + u) * ROWS + tl.arange(0, ROWS)
+            offset, load, _, _, _ = tile_at(row, split, rows, columns, COLUMNS, VECTOR, False)
+            loaded_z = loaded_z + (tl.load(z_pointer + offset, mask=load, other=0.0),)
+            if grad_y_pointer is not None:
+                loaded_grad_y = loaded_grad_y + (tl.load(grad_y_pointer + offset, mask=load, other=0.0),)
+        for u in tl.static_range(UNROLL):
+            row = (group + u) * ROWS + tl.arange(0, ROWS)
+            offset, load, own, store, beyond = tile_at(row, split, rows, columns, COLUMNS, VECTOR, False)
+            z = loaded_z[u].to(COMPUTE)
             at_value = tl.zeros_like(z)
             if grad_y_pointer is not None:
-                at_value = tl.load(grad_y_pointer + offset, mask=load, other=0.0).to(COMPUTE)
-            _, slope, curvature = function_of(z, coeffs, KIND, DEGREE)
+                at_value = loaded_grad_y[u].to(COMPUTE)
+            _, slope, curvature = function(z, coeffs, KIND, DEGREE)
             h, at_slope, g_s = arriving_at_slope(
                 slope,
                 offset,
@@ -221,103 +402,21 @@ def dreg_backward_kernel(
                 grad_norm_stride,
                 grad_derivative_pointer,
                 COLUMNS,
-                SHIFTED,
-                COMPUTE,
-            )
-            if grad_z_pointer is not None:
-                if OF_VALUE and OF_SLOPE:
-                    grad_z = at_value * slope + h * curvature
-                elif OF_VALUE:
-                    grad_z = at_value * slope
-                else:
-                    grad_z = h * curvature
-                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
-            if coefficient_sums_pointer is not None:
-                if SHIFTED:
-                    z = tl.where(own, z, 0.0)
-                    at_value = tl.where(own, at_value, 0.0)
-                sums = add_coefficient_gradients(
-                    sums,
-                    z,
-                    at_value,
-                    at_slope,
-                    OF_VALUE,
-                    OF_SLOPE,
-                    DEGREE,
-                    PER_CHANNEL,
-                    ROWS,
-                    ROW_LANES,
-                    COLUMNS,
-                    VECTOR,
-                )
-            if row_sq_sums_pointer is not None:
-                square = tl.where(own, g_s * slope * slope, 0.0)
-                row_sq_sums += within_threads(square, ROWS, ROW_LANES, COLUMNS)
-    if SHIFTED:
-        if split == splits - 1:
-            row = (last_block - 1) * ROWS + tl.arange(0, ROWS)
-            offset, own = tail_of(row, rows, columns, VECTOR)
-            z = tl.load(z_pointer + offset, mask=own, other=0.0).to(COMPUTE)
-            at_value = tl.zeros_like(z)
-            if grad_y_pointer is not None:
-                at_value = tl.load(grad_y_pointer + offset, mask=own, other=0.0).to(COMPUTE)
-            _, slope, curvature = function_of(z, coeffs, KIND, DEGREE)
-            h, at_slope, _ = arriving_at_slope(
-                slope,
-                offset,
-                own,
-                0,
-                own,
-                row,
-                rows,
-                row_sq,
-                grad_norm_pointer,
-                grad_norm_stride,
-                grad_derivative_pointer,
-                VECTOR,
                 False,
                 COMPUTE,
             )
             if grad_z_pointer is not None:
-                if OF_VALUE and OF_SLOPE:
-                    grad_z = at_value * slope + h * curvature
-                elif OF_VALUE:
-                    grad_z = at_value * slope
-                else:
-                    grad_z = h * curvature
-                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=own)
+                grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
+                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
             if coefficient_sums_pointer is not None:
-                tail_sums = add_coefficient_gradients(
-                    no_sums(DEGREE, ROWS, 1, COMPUTE),
-                    z,
-                    at_value,
-                    at_slope,
-                    OF_VALUE,
-                    OF_SLOPE,
-                    DEGREE,
-                    False,
-                    ROWS,
-                    1,
-                    VECTOR,
-                    VECTOR,
+                sums = add_coefficient_gradients(
+                    sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR
                 )
-                with_tail = ()
-                for k in tl.static_range(DEGREE + 1):
-                    first_column = tl.arange(0, COLUMNS // VECTOR)[None, :] == 0
-                    with_tail = with_tail + (sums[k] + tl.where(first_column, tail_sums[k], 0.0),)
-                sums = with_tail
+            if row_sq_sums_pointer is not None:
+                row_sq_sums += tl.where(own, g_s * slope * slope, 0.0)
     if coefficient_sums_pointer is not None:
         put_coefficient_sums(
-            coefficient_sums_pointer,
-            sums,
-            row_program,
-            split,
-            splits,
-            columns,
-            DEGREE,
-            PER_CHANNEL,
-            COLUMNS,
-            VECTOR,
+            coefficient_sums_pointer, sums, row_program, split, splits, columns, DEGREE, PER_CHANNEL, COLUMNS, VECTOR
         )
     if row_sq_sums_pointer is not None:
         channel, exists = channels_at(split, columns, COLUMNS, VECTOR)
@@ -339,25 +438,38 @@ def _forward(z: Tensor, row_sq: Tensor | None, coeffs: Tensor | None, kind: str,
     z, row_sq, coeffs = contiguous(z), contiguous(row_sq), contiguous(coeffs)
     rows, columns = rows_and_columns(z)
     itemsize = z.element_size()
+    degree = 0 if coeffs is None else coeffs.shape[0] - 1
     per_channel = coeffs is not None and coeffs.dim() == 2
     channel_parameters = per_channel or row_sq is not None
-    if norm is None and not channel_parameters:
+    if channel_parameters:
+        plan = _launch.channel_plan(rows, columns, itemsize, degree)
+        tiles = _launch.channel_tiles(itemsize, degree)
+    elif norm is None:
         rows, columns = 1, z.numel()
         plan, tiles = _launch.flat_plan(columns, itemsize), _launch.flat_tiles(itemsize)
     else:
-        plan = _launch.forward_plan(rows, columns, itemsize, channel_parameters)
-        tiles = _launch.forward_tiles(itemsize, channel_parameters)
+        plan, tiles = _launch.forward_plan(rows, columns, itemsize), _launch.forward_tiles(itemsize)
     parts = norm
     if norm is not None and plan.splits > 1:
         parts = norm.new_empty(rows, plan.splits)
-    launch(
-        dreg_forward_kernel,
-        plan,
-        tiles,
-        (z, coeffs, row_sq, y, derivative, parts),
-        (rows, columns, plan.steps_per_split, plan.splits),
-        {"KIND": kind, "DEGREE": 0 if coeffs is None else coeffs.shape[0] - 1, "PER_CHANNEL": per_channel},
-    )
+    if channel_parameters:
+        launch(
+            dreg_channel_forward_kernel,
+            plan,
+            tiles,
+            (z, coeffs, row_sq, y, derivative, parts),
+            (rows, columns, plan.splits, plan.blocks_per_program),
+            {"KIND": kind, "DEGREE": degree, "PER_CHANNEL": per_channel},
+        )
+    else:
+        launch(
+            dreg_forward_kernel,
+            plan,
+            tiles,
+            (z, coeffs, y, derivative, parts),
+            (rows, columns, plan.steps_per_split, plan.splits),
+            {"KIND": kind, "DEGREE": degree},
+        )
     if norm is not None and parts is not norm:
         torch.sum(parts, -1, out=norm.view(-1))
     return y, norm, derivative
@@ -392,10 +504,10 @@ def _backward(
     per_channel = coeffs is not None and coeffs.dim() == 2
     # Without a norm row_sq does not enter.
     row_sq = None if grad_norm is None else row_sq
-    column_bound = per_channel or row_sq is not None
-    if column_bound:
-        plan = _launch.channel_backward_plan(rows, columns, itemsize, degree)
-        tiles = _launch.channel_backward_tiles(itemsize, degree)
+    channel_parameters = per_channel or row_sq is not None
+    if channel_parameters:
+        plan = _launch.channel_plan(rows, columns, itemsize, degree)
+        tiles = _launch.channel_tiles(itemsize, degree)
     elif grad_norm is None:
         rows, columns = 1, z.numel()
         plan = _launch.flat_backward_plan(columns, itemsize, needs_coeffs)
@@ -411,24 +523,25 @@ def _backward(
         coefficient_sums = z.new_empty((plan.programs, degree + 1), dtype=dtype)
     if needs_row_sq_sums:
         row_sq_sums = z.new_empty((plan.row_programs, columns), dtype=dtype)
-    launch(
-        dreg_backward_kernel,
-        plan,
-        tiles,
-        (
-            z,
-            coeffs,
-            row_sq,
-            grad_y,
-            grad_norm,
-            grad_derivative,
-            dz if needs_z else None,
-            coefficient_sums,
-            row_sq_sums,
-        ),
-        (grad_norm_stride, rows, columns, plan.steps_per_split, plan.splits, plan.blocks_per_program),
-        {"KIND": kind, "DEGREE": degree, "PER_CHANNEL": per_channel, "COLUMN_BOUND": column_bound},
-    )
+    grad_z = dz if needs_z else None
+    if channel_parameters:
+        launch(
+            dreg_channel_backward_kernel,
+            plan,
+            tiles,
+            (z, coeffs, row_sq, grad_y, grad_norm, grad_derivative, grad_z, coefficient_sums, row_sq_sums),
+            (grad_norm_stride, rows, columns, plan.splits, plan.blocks_per_program),
+            {"KIND": kind, "DEGREE": degree, "PER_CHANNEL": per_channel},
+        )
+    else:
+        launch(
+            dreg_backward_kernel,
+            plan,
+            tiles,
+            (z, coeffs, grad_y, grad_norm, grad_derivative, grad_z, coefficient_sums),
+            (grad_norm_stride, rows, columns, plan.steps_per_split, plan.splits, plan.blocks_per_program),
+            {"KIND": kind, "DEGREE": degree},
+        )
     return (
         dz,
         added_up(row_sq_sums, row_sq_parameter) if needs_row_sq else nothing(z),

@@ -17,9 +17,8 @@ Vectors
     * *single*: neither. One element at a time, coalesced. This is what odd widths cost.
 
 Tiles
-    ``narrow`` for rows of at most ``NARROW_COLUMNS``, ``wide`` for few rows, ``middle`` for everything else. A tile has about
-    4096 elements in a forward (eight 16-byte loads in flight for each thread in float32, four in half precision)
-    and fewer in a backward, which keeps sums in registers beside.
+    ``narrow`` for rows of at most ``NARROW_COLUMNS``, ``wide`` for few rows, ``middle`` for everything else. In a forward
+    every thread has four 16-byte loads in flight; in a backward two from each tensor, since it keeps sums in registers.
 
 Programs
     A forward that sums over the channels gives every program whole rows, unless there are too few to fill a GPU; then it
@@ -31,6 +30,7 @@ Programs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,8 +51,7 @@ class Tile:
         columns: of the tile.
         vector: elements that a thread moves at once.
         shifted: whether rows are read from the boundary before their first element.
-        row_lanes: rows of a tile over which sums for each channel are kept apart until the end; the other rows of the tile
-            lie in the same thread.
+        unroll: tiles above one another that are loaded at once.
         warps: of a program.
     """
 
@@ -60,7 +59,7 @@ class Tile:
     columns: int
     vector: int
     shifted: bool = False
-    row_lanes: int = 1
+    unroll: int = 1
     warps: int = 4
 
     @property
@@ -118,7 +117,7 @@ def _choose(tiles: dict[str, Tile], rows: int, columns: int, programs: int) -> T
     if columns <= NARROW_COLUMNS:
         return tiles["narrow"]
     middle = tiles["middle"]
-    if columns <= WIDE_COLUMNS and rows >= middle.rows * programs // 4:
+    if columns <= WIDE_COLUMNS and rows >= middle.rows * programs // 8:
         return middle
     return tiles["wide"]
 
@@ -126,29 +125,34 @@ def _choose(tiles: dict[str, Tile], rows: int, columns: int, programs: int) -> T
 # ---- the forward of *_dreg -------------------------------------------------------------------------------------------
 
 
-def _forward_tiles(vector: int, shifted: bool, channel_parameters: bool) -> dict[str, Tile]:
-    # Where there is something to load for each channel, a tile has rows enough to load it rarely.
-    wide = Tile(4, 1024, vector) if channel_parameters else Tile(1, 4096, vector, shifted)
-    narrow = Tile(128, 32, vector) if vector > 1 else Tile(512, 8, vector)
-    return {"narrow": narrow, "middle": Tile(16, 256, vector, shifted), "wide": wide}
+def _forward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
+    # Four vectors for each thread, or eight elements where there are no vectors.
+    return {
+        "narrow": Tile(16 * vector, 32, vector) if vector > 1 else Tile(128, 8, vector),
+        "middle": Tile(2 * vector, 256, vector, shifted),
+        "wide": Tile(1, 512 * vector, vector, shifted),
+    }
+
+
+def _vector_and_shift(columns: int, itemsize: int) -> tuple[int, bool]:
+    vector = 16 // itemsize
+    if columns % vector == 0:
+        return vector, False
+    shifted = columns >= SHIFTED_COLUMNS
+    return vector if shifted else 1, shifted
 
 
 @lru_cache(maxsize=4096)
-def forward_plan(rows: int, columns: int, itemsize: int, channel_parameters: bool) -> Plan:
-    """For a pass that sums over the channels of each row.
+def forward_plan(rows: int, columns: int, itemsize: int) -> Plan:
+    """For a pass with the same function for all channels that sums over the channels of each row.
 
     Args:
         rows: samples.
         columns: channels.
         itemsize: of an element, in bytes.
-        channel_parameters: whether there are coefficients or a weight for each channel.
     """
-    vector = 16 // itemsize
-    shifted = False
-    if columns % vector:
-        shifted = not channel_parameters and columns >= SHIFTED_COLUMNS
-        vector = vector if shifted else 1
-    tile = _choose(_forward_tiles(vector, shifted, channel_parameters), rows, columns, PROGRAMS)
+    vector, shifted = _vector_and_shift(columns, itemsize)
+    tile = _choose(_forward_tiles(vector, shifted), rows, columns, PROGRAMS)
     blocks = max(1, _ceil_div(rows, tile.rows))
     # Whole rows for each program, if that makes programs enough.
     parts = 1 if 4 * blocks >= PROGRAMS else _ceil_div(PROGRAMS, blocks)
@@ -156,28 +160,29 @@ def forward_plan(rows: int, columns: int, itemsize: int, channel_parameters: boo
     return _cut(rows, columns, tile, _ceil_div(steps, parts), 1)
 
 
-def forward_tiles(itemsize: int, channel_parameters: bool) -> list[Tile]:
+def forward_tiles(itemsize: int) -> list[Tile]:
     """Every tile that :func:`forward_plan` can choose."""
+    return _with_and_without_shift(_forward_tiles, itemsize)
+
+
+def _with_and_without_shift(tiles: Callable[[int, bool], dict[str, Tile]], itemsize: int) -> list[Tile]:
     vector = 16 // itemsize
-    aligned = _forward_tiles(vector, False, channel_parameters)
-    single = _forward_tiles(1, False, channel_parameters)
-    if channel_parameters:
-        return [*aligned.values(), *single.values()]
-    shifted = _forward_tiles(vector, True, channel_parameters)
-    return [*aligned.values(), single["narrow"], shifted["middle"], shifted["wide"]]
+    shifted = tiles(vector, True)
+    return [*tiles(vector, False).values(), tiles(1, False)["narrow"], shifted["middle"], shifted["wide"]]
 
 
 @lru_cache(maxsize=4096)
 def flat_plan(elements: int, itemsize: int) -> Plan:
     """For a pass in which nothing depends on rows or channels: one row of all elements."""
-    tile = flat_tiles(itemsize)[0]
+    (tile,) = flat_tiles(itemsize)
     steps = _ceil_div(elements + tile.vector - 1, tile.columns)
     return _cut(1, elements, tile, _ceil_div(steps, 16 * PROGRAMS), 1)
 
 
 def flat_tiles(itemsize: int) -> list[Tile]:
     """The tile of :func:`flat_plan`."""
-    return [Tile(1, 4096, 16 // itemsize, shifted=True)]
+    vector = 16 // itemsize
+    return [Tile(1, 512 * vector, vector, shifted=True)]
 
 
 # ---- the backward of *_dreg and *_tangent ------------------------------------------------------------------------------
@@ -185,8 +190,12 @@ def flat_tiles(itemsize: int) -> list[Tile]:
 
 def _backward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
     """Sums over everything, or none."""
-    narrow = Tile(64, 32, vector) if vector > 1 else Tile(256, 8, vector)
-    return {"narrow": narrow, "middle": Tile(8, 256, vector, shifted), "wide": Tile(1, 2048, vector, shifted)}
+    # Two vectors for each thread, or four elements.
+    return {
+        "narrow": Tile(8 * vector, 32, vector) if vector > 1 else Tile(64, 8, vector),
+        "middle": Tile(vector, 256, vector, shifted),
+        "wide": Tile(1, 256 * vector, vector, shifted),
+    }
 
 
 @lru_cache(maxsize=4096)
@@ -199,11 +208,7 @@ def backward_plan(rows: int, columns: int, itemsize: int, sums: bool) -> Plan:
         itemsize: of an element, in bytes.
         sums: whether every program leaves a sum for each coefficient.
     """
-    vector = 16 // itemsize
-    shifted = False
-    if columns % vector:
-        shifted = columns >= SHIFTED_COLUMNS
-        vector = vector if shifted else 1
+    vector, shifted = _vector_and_shift(columns, itemsize)
     tile = _choose(_backward_tiles(vector, shifted), rows, columns, PROGRAMS)
     return _shared(rows, columns, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
 
@@ -219,43 +224,39 @@ def _shared(rows: int, columns: int, tile: Tile, programs: int) -> Plan:
 
 def backward_tiles(itemsize: int) -> list[Tile]:
     """Every tile that :func:`backward_plan` can choose."""
-    vector = 16 // itemsize
-    shifted = _backward_tiles(vector, True)
-    return [
-        *_backward_tiles(vector, False).values(),
-        _backward_tiles(1, False)["narrow"],
-        shifted["middle"],
-        shifted["wide"],
-    ]
+    return _with_and_without_shift(_backward_tiles, itemsize)
 
 
 @lru_cache(maxsize=4096)
 def flat_backward_plan(elements: int, itemsize: int, sums: bool) -> Plan:
     """For a backward in which nothing depends on rows or channels."""
-    tile = flat_backward_tiles(itemsize)[0]
+    (tile,) = flat_backward_tiles(itemsize)
     return _shared(1, elements, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
 
 
 def flat_backward_tiles(itemsize: int) -> list[Tile]:
     """The tile of :func:`flat_backward_plan`."""
-    return [Tile(1, 2048, 16 // itemsize, shifted=True)]
+    vector = 16 // itemsize
+    return [Tile(1, 256 * vector, vector, shifted=True)]
 
 
-def _channel_tiles(vector: int, degree: int) -> dict[str, Tile]:
-    # Sums and coefficients of each channel stay in registers: fewer elements for each thread at high degrees.
-    rows = 8 if degree <= 4 else 4
-    narrow_rows = 64 if degree <= 4 else 32
-    if vector == 1:
-        return {"narrow": Tile(32, 32, 1, row_lanes=4), "middle": Tile(4, 256, 1, row_lanes=1)}
+# ---- coefficients, weights or sums for each channel: the forward of *_dreg, and the backward of both ----------------------
+
+
+def _channel_tiles(vector: int, itemsize: int, degree: int) -> dict[str, Tile]:
+    # One vector for each thread, so that what belongs to a channel is in registers once: a warp for every row, or several
+    # narrow rows for every warp. What a tile lacks in loads in flight, unrolling makes up for.
+    whole = 16 // itemsize
+    unroll = 4 if degree <= 4 else 2
     return {
-        "narrow": Tile(narrow_rows, 32, vector, row_lanes=32),
-        "middle": Tile(rows, 256, vector, row_lanes=4),
+        "narrow": Tile(4 * whole, 32, vector, unroll=unroll) if vector > 1 else Tile(32, 8, vector, unroll=unroll),
+        "middle": Tile(4, 32 * whole if vector > 1 else 64, vector, unroll=unroll),
     }
 
 
 @lru_cache(maxsize=4096)
-def channel_backward_plan(rows: int, columns: int, itemsize: int, degree: int) -> Plan:
-    """For a backward with coefficients, weights or sums for each channel: programs own columns and runs of rows.
+def channel_plan(rows: int, columns: int, itemsize: int, degree: int) -> Plan:
+    """For coefficients, weights or sums for each channel: programs own columns and runs of rows.
 
     Args:
         rows: samples.
@@ -264,25 +265,26 @@ def channel_backward_plan(rows: int, columns: int, itemsize: int, degree: int) -
         degree: of the polynomial; 0 for an activation.
     """
     vector = 1 if columns % (16 // itemsize) else 16 // itemsize
-    tiles = _channel_tiles(vector, degree)
+    tiles = _channel_tiles(vector, itemsize, degree)
     tile = tiles["narrow"] if columns <= NARROW_COLUMNS else tiles["middle"]
     blocks = max(1, _ceil_div(rows, tile.rows))
     steps = max(1, _ceil_div(columns, tile.columns))
-    fewest = _ceil_div(ROWS_PER_SUM, tile.rows)
-    return _cut(rows, columns, tile, 1, max(fewest, _ceil_div(blocks * steps, PROGRAMS)))
+    run = max(_ceil_div(ROWS_PER_SUM, tile.rows), _ceil_div(blocks * steps, PROGRAMS))
+    return _cut(rows, columns, tile, 1, _ceil_div(run, tile.unroll) * tile.unroll)
 
 
-def channel_backward_tiles(itemsize: int, degree: int) -> list[Tile]:
-    """Every tile that :func:`channel_backward_plan` can choose."""
-    return [*_channel_tiles(16 // itemsize, degree).values(), *_channel_tiles(1, degree).values()]
+def channel_tiles(itemsize: int, degree: int) -> list[Tile]:
+    """Every tile that :func:`channel_plan` can choose."""
+    return [tile for vector in (16 // itemsize, 1) for tile in _channel_tiles(vector, itemsize, degree).values()]
 
 
 # ---- the forward of *_tangent ------------------------------------------------------------------------------------------
 
 
 def _tangent_tiles(vector: int) -> dict[str, Tile]:
-    narrow = Tile(64, 32, vector) if vector > 1 else Tile(256, 8, vector)
-    return {"narrow": narrow, "middle": Tile(8, 256, vector), "wide": Tile(1, 2048, vector)}
+    if vector == 1:
+        return {"narrow": Tile(64, 8, 1), "middle": Tile(4, 64, 1), "wide": Tile(1, 512, 1)}
+    return _backward_tiles(vector, False)
 
 
 @lru_cache(maxsize=4096)

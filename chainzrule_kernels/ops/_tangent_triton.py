@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chainzrule_kernels.functions import compute_dtype
+from chainzrule_kernels.functions.triton_functions import function
 from chainzrule_kernels.ops import _launch
 from chainzrule_kernels.ops._call_triton import (
     added_up,
@@ -22,7 +23,6 @@ from chainzrule_kernels.ops._call_triton import (
 )
 from chainzrule_kernels.ops._tiles_triton import (
     add_coefficient_gradients,
-    function_of,
     load_coefficients,
     no_sums,
     put_coefficient_sums,
@@ -55,10 +55,10 @@ def tangent_forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     split = program % splits
     row = program // splits * ROWS + tl.arange(0, ROWS)
-    coeffs = load_coefficients(coeffs_pointer, split, columns, KIND, DEGREE, PER_CHANNEL, COLUMNS, VECTOR, COMPUTE)
-    offset, load, own, store, _ = tile_at(row, split, rows, columns, ROWS, COLUMNS, VECTOR, False)
+    coeffs = load_coefficients(coeffs_pointer, split, columns, KIND, DEGREE, PER_CHANNEL, 1, COLUMNS, VECTOR, COMPUTE)
+    offset, load, own, store, _ = tile_at(row, split, rows, columns, COLUMNS, VECTOR, False)
     z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
-    value, slope, _ = function_of(z, coeffs, KIND, DEGREE)
+    value, slope, _ = function(z, coeffs, KIND, DEGREE)
     tl.store(y_pointer + offset, value.to(DATA), mask=store)
     tangent_rows = rows * (columns // VECTOR)
     for tangent in range(0, tangents):
@@ -101,7 +101,6 @@ def tangent_backward_kernel(
     DEGREE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
@@ -114,8 +113,6 @@ def tangent_backward_kernel(
     COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
     OF_VALUE: tl.constexpr = grad_y_pointer is not None
     OF_SLOPE: tl.constexpr = grad_y_dot_pointer is not None or grad_norm_pointer is not None
-    SUM_ROWS: tl.constexpr = ROW_LANES if PER_CHANNEL else ROWS
-    SUM_COLUMNS: tl.constexpr = COLUMNS if PER_CHANNEL else COLUMNS // VECTOR
     program = tl.program_id(0).to(tl.int64)
     split = program % splits
     row_program = program // splits
@@ -125,19 +122,21 @@ def tangent_backward_kernel(
     blocks = tl.cdiv(rows, ROWS)
     first_block = row_program * blocks_per_program
     last_block = tl.minimum(first_block + blocks_per_program, blocks)
-    coeffs = load_coefficients(coeffs_pointer, first_step, columns, KIND, DEGREE, PER_CHANNEL, COLUMNS, VECTOR, COMPUTE)
+    coeffs = load_coefficients(
+        coeffs_pointer, first_step, columns, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE
+    )
     if coefficient_sums_pointer is not None:
-        sums = no_sums(DEGREE, SUM_ROWS, SUM_COLUMNS, COMPUTE)
+        sums = no_sums(DEGREE, ROWS, COLUMNS if PER_CHANNEL else COLUMNS // VECTOR, COMPUTE)
     tangent_rows = rows * (columns // VECTOR)
     for block in range(first_block, last_block):
         row = block * ROWS + tl.arange(0, ROWS)
         for step in range(first_step, last_step):
-            offset, load, own, store, _ = tile_at(row, step, rows, columns, ROWS, COLUMNS, VECTOR, False)
+            offset, load, own, store, _ = tile_at(row, step, rows, columns, COLUMNS, VECTOR, False)
             z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
             at_value = tl.zeros_like(z)
             if grad_y_pointer is not None:
                 at_value = tl.load(grad_y_pointer + offset, mask=load, other=0.0).to(COMPUTE)
-            _, slope, curvature = function_of(z, coeffs, KIND, DEGREE)
+            _, slope, curvature = function(z, coeffs, KIND, DEGREE)
             at_slope = tl.zeros_like(z)
             if OF_SLOPE:
                 for tangent in range(0, tangents):
@@ -174,7 +173,6 @@ def tangent_backward_kernel(
                     DEGREE,
                     PER_CHANNEL,
                     ROWS,
-                    ROW_LANES,
                     COLUMNS,
                     VECTOR,
                 )
@@ -250,8 +248,8 @@ def _backward(
     degree = 0 if coeffs is None else coeffs.shape[0] - 1
     per_channel = coeffs is not None and coeffs.dim() == 2
     if per_channel:
-        plan = _launch.channel_backward_plan(rows, columns, itemsize, degree)
-        tiles = _launch.channel_backward_tiles(itemsize, degree)
+        plan = _launch.channel_plan(rows, columns, itemsize, degree)
+        tiles = _launch.channel_tiles(itemsize, degree)
     else:
         plan = _launch.tangent_backward_plan(rows, columns, itemsize, needs_coeffs)
         tiles = _launch.tangent_tiles(itemsize)

@@ -6,8 +6,6 @@ Shared by the Triton kernels of ``*_dreg`` and ``*_tangent``; the words are thos
 import triton
 import triton.language as tl
 
-from chainzrule_kernels.functions import triton_functions
-
 
 @triton.jit
 def tile_at(
@@ -15,7 +13,6 @@ def tile_at(
     step,
     rows,
     columns,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -72,10 +69,23 @@ def channels_at(step, columns, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_channels(pointer, index, columns, channel, mask, VECTOR: tl.constexpr, COMPUTE: tl.constexpr):
-    """Row ``index`` of a matrix with one column for each channel."""
-    start = index * (columns // VECTOR) * VECTOR
-    return tl.load(pointer + (start + channel), mask=mask, other=0.0).to(COMPUTE)
+def load_channels(
+    pointer,
+    index,
+    step,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Row ``index`` of a matrix with one column for each channel, as ``(ROWS, COLUMNS)``; every row is the same.
+
+    With ``ROWS`` those of the tile, every thread loads the channels of its own elements, and nothing has to change hands.
+    """
+    channel, mask = channels_at(step, columns, COLUMNS, VECTOR)
+    offset = index * (columns // VECTOR) * VECTOR + channel + tl.zeros((ROWS, 1), dtype=tl.int64)
+    return tl.load(pointer + offset, mask=mask & (tl.zeros((ROWS, 1), dtype=tl.int32) == 0), other=0.0).to(COMPUTE)
 
 
 @triton.jit
@@ -86,17 +96,17 @@ def load_coefficients(
     KIND: tl.constexpr,
     DEGREE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The coefficients as a tuple: scalars, or ``(1, COLUMNS)`` where each channel has its own. Empty for activations."""
+    """The coefficients as a tuple: scalars, or ``(ROWS, COLUMNS)`` where each channel has its own. Empty for activations."""
     coeffs = ()
     if KIND == "polynomial":
-        channel, mask = channels_at(step, columns, COLUMNS, VECTOR)
         for k in tl.static_range(DEGREE + 1):
             if PER_CHANNEL:
-                coeffs = coeffs + (load_channels(pointer, k, columns, channel, mask, VECTOR, COMPUTE),)
+                coeffs = coeffs + (load_channels(pointer, k, step, columns, ROWS, COLUMNS, VECTOR, COMPUTE),)
             else:
                 coeffs = coeffs + (tl.load(pointer + k).to(COMPUTE),)
     return coeffs
@@ -106,12 +116,6 @@ def load_coefficients(
 def within_vectors(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
     """Sums over vectors, which lie in one thread: ``(ROWS, COLUMNS)`` to ``(ROWS, COLUMNS / VECTOR)``."""
     return tl.sum(tl.reshape(values, (ROWS, COLUMNS // VECTOR, VECTOR)), axis=2)
-
-
-@triton.jit
-def within_threads(values, ROWS: tl.constexpr, ROW_LANES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums over the rows that lie in one thread: ``(ROWS, COLUMNS)`` to ``(ROW_LANES, COLUMNS)``."""
-    return tl.sum(tl.reshape(values, (ROWS // ROW_LANES, ROW_LANES, COLUMNS)), axis=0)
 
 
 @triton.jit
@@ -134,7 +138,6 @@ def add_coefficient_gradients(
     DEGREE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
@@ -159,7 +162,7 @@ def add_coefficient_gradients(
                 power = power * z
             term = term * power
         if PER_CHANNEL:
-            added = added + (sums[k] + within_threads(term, ROWS, ROW_LANES, COLUMNS),)
+            added = added + (sums[k] + term,)
         else:
             added = added + (sums[k] + within_vectors(term, ROWS, COLUMNS, VECTOR),)
     return added
@@ -188,9 +191,3 @@ def put_coefficient_sums(
         start = (row_program * splits + split) * (DEGREE + 1)
         for k in tl.static_range(DEGREE + 1):
             tl.store(pointer + start + k, tl.sum(tl.sum(sums[k], axis=1), axis=0))
-
-
-@triton.jit
-def function_of(z, coeffs, KIND: tl.constexpr, DEGREE: tl.constexpr):
-    """Value, slope and curvature at ``z``."""
-    return triton_functions.function(z, coeffs, KIND, DEGREE)
