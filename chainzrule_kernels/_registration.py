@@ -97,8 +97,8 @@ def _differentiable_functions(
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The operator as an autograd Function: once for eager calls, once for ``torch.func`` transforms.
 
-    They differ in how ``forward`` gets its context. Transforms need ``setup_context``; PyTorch then inspects the signature
-    at every call, which costs several times as much as a small kernel.
+    They differ in how ``forward`` gets its context. Transforms need ``setup_context``; PyTorch then inspects the
+    signature at every call, which costs several times as much as a small kernel.
     """
     tensor_count = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in overload._schema.arguments)
     argument_count = len(overload._schema.arguments)
