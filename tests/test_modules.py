@@ -7,10 +7,17 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 
 import chainzrule_kernels as ck
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """No compiled code of another test, which would count as a recompilation."""
+    torch._dynamo.reset()
 
 
 def horner(coeffs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

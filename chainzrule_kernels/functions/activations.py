@@ -16,7 +16,7 @@ from torch import Tensor
 
 def _relu(z: Tensor) -> Iterator[Tensor]:
     yield F.relu(z)
-    # As in PyTorch, the slope at 0 is 0, and at NaN it is 1. Through sign it stays part of the graph, with derivative 0.
+    # As in PyTorch, the slope is 0 at 0 and 1 at NaN. Through sign it stays part of the graph, with derivative 0.
     yield torch.where(torch.isnan(z), torch.ones_like(z), torch.relu(torch.sign(z)))
     yield torch.zeros_like(z)
     yield torch.zeros_like(z)

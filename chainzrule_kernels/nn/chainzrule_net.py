@@ -69,10 +69,10 @@ class ChainzRuleNet(nn.Sequential):
                 )
         super().__init__(*layers)
 
-    def __getitem__(self, index: slice | int) -> nn.Module:  # type: ignore[override]
+    def __getitem__(self, index: slice | int) -> nn.Module:
         """A layer, or several as a :class:`torch.nn.Sequential`."""
         if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
     def forward(self, x: Tensor) -> Tensor:
