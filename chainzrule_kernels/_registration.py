@@ -50,9 +50,10 @@ class Operator:
         self.name = schema.split("(")[0]
         self.definition = definition
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self.eager_function, self.transformable_function = _differentiable_functions(
-            self.overload, definition, vjp, jvp
-        )
+        eager_function, self.transformable_function = _differentiable_functions(self.overload, definition, vjp, jvp)
+        # Function.apply only adds checks for torch.func transforms, which __call__ has made; they cost as much as a small
+        # kernel.
+        self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
         library.impl(self.name, self._autograd_kernel, "Autograd")
         library.impl(self.name, _with_contiguous_outputs(definition), "CompositeExplicitAutograd")
@@ -66,7 +67,7 @@ class Operator:
                 return self.definition(*inputs)
             return self.transformable_function.apply(*inputs)
         if _something_to_differentiate(inputs):
-            return self.eager_function.apply(*inputs)
+            return self.apply_eagerly(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*inputs)
 
@@ -76,7 +77,7 @@ class Operator:
                 f"torch.ops.{NAMESPACE}.{self.name} cannot be called under a torch.func transform; call the public "
                 f"function of {NAMESPACE} instead"
             )
-        return self.eager_function.apply(*inputs)
+        return self.apply_eagerly(*inputs)
 
 
 def _something_to_differentiate(inputs: tuple[Any, ...]) -> bool:

@@ -6,16 +6,16 @@ For each result and each gradient, from the same rounded inputs:
 * the *error* of a tensor is ``max |tensor - exact|`` over its elements,
 * the *plain error* is the error of the expression that a user of eager PyTorch would write in the data's own dtype
   (:meth:`~chainzrule_kernels.testing.cases.Case.plain_expression`), the largest of several draws of the data. One draw
-  would not do: the gradient of a coefficient is a single sum, and the error of a single sum is now and then close to zero
-  by luck,
+  would not do: the gradient of a coefficient is a single sum, and the error of a single sum is now and then close to
+  zero by luck,
 * the *allowance* is twice the plain error plus one ulp of the tensor's dtype at ``max |exact|``.
 
-Where *exact*, rounded to the tensor's dtype, is finite, the tensor must be finite; where it is NaN or infinite the tensor
-must be the same. Elements at which the plain expression overflows do not enlarge the allowance: the plain error is that of
-its finite elements.
+Where *exact*, rounded to the tensor's dtype, is finite, the tensor must be finite; where it is NaN or infinite the
+tensor must be the same. Elements at which the plain expression overflows do not enlarge the allowance: the plain error
+is that of its finite elements.
 
-For float64 data *exact* is itself rounded to float64. The plain error is then that of float32, scaled by the ratio of the
-two precisions, and the allowance has room for the error of *exact* too: three times the plain error plus one ulp.
+For float64 data *exact* is itself rounded to float64. The plain error is then that of float32, scaled by the ratio of
+the two precisions, and the allowance has room for the error of *exact* too: three times the plain error plus one ulp.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def draw(
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """The arguments of a case, and a gradient for each of its results.
 
-    The gradients are arranged like the data, unless that would repeat values: rounding errors of equal terms add up where
-    those of different terms cancel, and no draw of other values foretells them.
+    The gradients are arranged like the data, unless that would repeat values: rounding errors of equal terms add up
+    where those of different terms cancel, and no draw of other values foretells them.
     """
     tensors = case.arguments(
         layout.shape, dtype, parameter_dtype=parameter_dtype, arrange=layout.arrange, device=device, seed=seed

@@ -119,9 +119,9 @@ class Case:
     def plain_expression(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What a user of eager PyTorch would write: every operation in the dtype of the data.
 
-        Parameters are cast to that dtype first; only the norms are summed in float32 (float64 for float64), since nobody
-        would sum them in half precision. Horner's rule for polynomials, :mod:`torch.nn.functional` for activations, their
-        derivatives by formula, gradients by autograd.
+        Parameters are cast to that dtype first; only the norms are summed in float32 (float64 for float64), since
+        nobody would sum them in half precision. Horner's rule for polynomials, :mod:`torch.nn.functional` for
+        activations, their derivatives by formula, gradients by autograd.
         """
         return self.plain({**tensors, **self.constants})
 
