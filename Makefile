@@ -7,8 +7,9 @@ export MAX_JOBS
 
 VENV        := .venv
 IN_VENV     := $(VENV)/bin/python
-INSTALLED   := $(VENV)/installed
 DEPENDABLE  := $(VENV)/dependencies-installed
+LINKED      := $(VENV)/package-linked
+INSTALLED   := $(VENV)/native-module-built
 SANITIZED   := build/sanitize
 CPP_SOURCES := $(wildcard csrc/*/*)
 
@@ -51,11 +52,18 @@ clean:
 
 # torch comes first and the package is built without isolation, so that it is compiled against this torch.
 $(DEPENDABLE): constraints.txt
+	@echo "Installing torch and the other pinned packages into $(VENV)"
 	test -x $(IN_VENV) || $(PYTHON) -m venv $(VENV)
 	$(IN_VENV) -m pip install --quiet -r constraints.txt
-	touch $@
+	@touch $@
 
-$(INSTALLED): $(DEPENDABLE) pyproject.toml setup.py $(CPP_SOURCES)
-	CHAINZRULE_KERNELS_REQUIRE_NATIVE=$(REQUIRE_NATIVE) \
+$(LINKED): $(DEPENDABLE) pyproject.toml
+	CHAINZRULE_KERNELS_NO_NATIVE=1 \
 	    $(IN_VENV) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[demo,bench,test,dev]'
-	touch $@
+	@touch $@
+
+# In place and not by pip, which compiles every file anew when one has changed.
+$(INSTALLED): $(LINKED) setup.py $(CPP_SOURCES)
+	@echo "Compiling the native CPU module"
+	CHAINZRULE_KERNELS_REQUIRE_NATIVE=$(REQUIRE_NATIVE) $(IN_VENV) setup.py -q build_ext --inplace
+	@touch $@

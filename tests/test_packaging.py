@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 import chainzrule_kernels as ck
 
@@ -95,11 +96,12 @@ def test_r01_without_a_compiler_the_wheel_is_pure_python_and_trains(source: Path
 
     installed = tmp_path / "installed"
     zipfile.ZipFile(the_wheel(source)).extractall(installed)
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    # Without site (-S), so that an editable install of this package does not offer its compiled module.
+    path = [str(installed), str(Path(torch.__file__).parent.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     environment.pop("CHAINZRULE_KERNELS_NO_NATIVE", None)
-    trained = subprocess.run(
-        [sys.executable, "-c", TRAIN], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-S", "-c", TRAIN]
+    trained = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert trained.returncode == 0, trained.stderr
     assert Path(trained.stdout.strip()).is_relative_to(installed)
 
