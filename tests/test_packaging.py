@@ -191,3 +191,26 @@ def test_r02_the_native_module_needs_no_library_that_a_cpu_build_of_torch_lacks(
     )
     of_torch = [name for name in needed if re.search(r"torch|c10|cuda", name)]
     assert of_torch == ["libtorch_cpu.so"]
+
+
+def test_the_examples_of_the_readme_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    training, backends = blocks
+    assert len(training.strip().splitlines()) == 10
+
+    names = {"batches": [(torch.randn(8, 64), torch.randint(10, (8,)))]}
+    exec(training, names)
+    assert names["regulariser"].penalty().item() > 0
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+    names = {"ck": ck, "z": torch.randn(8, 64), "coeffs": torch.tensor([0.0, 1.0, 0.0, 0.1])}
+    exec(backends, names)
+    assert names["jac_sq"].shape == (8,)
+
+
+def test_the_links_of_the_documentation_lead_somewhere() -> None:
+    pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("chainzrule_kernels/ops/*/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert len(links) > 10
+    assert not [(str(page), link) for page, link in links if not (page.parent / link).exists()]
