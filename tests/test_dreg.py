@@ -479,6 +479,17 @@ def test_a_step_before_the_backward_does_not_disturb_it():
         assert (before is None and after is None) or torch.equal(before, after)
 
 
+def test_jac_sq_is_of_each_layer_and_sample():
+    net = net_of(4, 5, 6, 3)
+    reg = ck.DREG(net)
+    assert reg.jac_sq() == {"0": [], "1": []}
+    x = batch(6, 4)
+    net(x)
+    norms = reg.jac_sq()
+    torch.testing.assert_close(norms["0"], [squared_jacobian_norms(net[0], x)])
+    torch.testing.assert_close(norms["1"], [squared_jacobian_norms(net[1], net[0](x))])
+
+
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
