@@ -137,8 +137,8 @@ class DREG:
     ``use_reentrant=False``, since a reentrant checkpoint is refused in the backward pass; checkpoints inside a compiled
     model need ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
     ``copy.deepcopy((model, reg))`` copies both; a copy of the model alone carries a regulariser of its own. Under
-    ``torch.vmap`` nothing is recorded. The norms of the latest pass are kept until the next one; their graph's buffers are
-    freed by the backward pass as usual.
+    ``torch.vmap`` nothing is recorded. The norms of the latest pass are kept until the next one; their graph's buffers
+    are freed by the backward pass as usual.
     """
 
     def __init__(
