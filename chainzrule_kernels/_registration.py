@@ -52,7 +52,7 @@ class Operator:
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         eager_function, self.transformable_function = _differentiable_functions(self.overload, definition, vjp, jvp)
         # Function.apply adds only checks for torch.func transforms, which __call__ has made. They take microseconds.
-        self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply
+        self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
         library.impl(self.name, self._autograd_kernel, "Autograd")
         library.impl(self.name, _with_contiguous_outputs(definition), "CompositeExplicitAutograd")
