@@ -20,7 +20,7 @@ REQUIRE_NATIVE := $(if $(shell command -v $${CXX:-c++}),1,0)
 .PHONY: demo test bench lint sanitize clean
 
 demo: $(INSTALLED)
-	$(IN_VENV) -m chainzrule_kernels validate --quick
+	$(IN_VENV) -m chainzrule_kernels validate
 	$(IN_VENV) -m chainzrule_kernels demo
 
 test: $(INSTALLED)
