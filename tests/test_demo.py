@@ -42,7 +42,8 @@ def test_demo_trains_the_same_net_three_ways(demo):
     assert fused["final_loss"] == pytest.approx(plain["final_loss"], rel=1e-3)
     assert 0.0 < fused["largest_parameter_difference"] < 1e-3
     assert fused["tail_ratio"] == pytest.approx(plain["tail_ratio"], rel=1e-2)
-    assert fused["saved_activation_bytes"] < 0.5 * plain["saved_activation_bytes"]
+    if summary["backend"] != "reference":  # the definition in plain PyTorch saves what plain PyTorch saves
+        assert fused["saved_activation_bytes"] < 0.5 * plain["saved_activation_bytes"]
 
 
 def test_demo_compiles_or_says_why_not(demo):
@@ -69,7 +70,7 @@ def test_demo_survives_a_compiler_that_fails(tmp_path):
     assert "torch.compile did not run: " in finished.stdout
     rows = {line.split("  ")[1].strip(): line.split() for line in finished.stdout.splitlines() if line.startswith("  ")}
     assert rows["torch.compile"][1:] == ["-"] * 6
-    assert len(rows["fused"]) == 9
+    assert "-" not in rows["fused"]
     assert "Traceback" not in finished.stderr
 
 

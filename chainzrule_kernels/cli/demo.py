@@ -125,16 +125,16 @@ _COLUMNS = (
     "training",
     "test accuracy",
     "final loss",
-    "largest parameter difference",
+    "largest difference",
     "ms per step",
-    "saved activations",
+    "MiB saved",
     "tail ratio",
 )
 _LEGEND = """
-Final loss: the mean of the last epoch, penalty included. Largest parameter difference: to plain PyTorch, after the
-training. ms per step: the median of forward, backward and optimizer together; the three take turns, step by step. Saved
-activations: what autograd keeps for the backward pass of one step, parameters apart. Tail ratio: p99 / mean, over the
-test part, of the root of the summed squared Jacobian norms of the layers."""
+Final loss: the mean of the last epoch, penalty included. Largest difference: of any parameter from that of plain PyTorch,
+after the training. ms per step: the median of forward, backward and optimizer together; the three take turns, step by
+step. MiB saved: what autograd keeps for the backward pass of one step, parameters apart. Tail ratio: p99 / mean, over
+the test part, of the root of the summed squared Jacobian norms of the layers."""
 
 
 def _cells(row: Result) -> list[str]:
@@ -143,10 +143,10 @@ def _cells(row: Result) -> list[str]:
     return [
         row.name,
         f"{100 * _present(row.test_accuracy):.2f} %",
-        f"{_present(row.final_loss):.6f}",
+        f"{_present(row.final_loss):.5f}",
         f"{_present(row.largest_parameter_difference):.1e}",
         f"{_present(row.ms_per_step):.2f}",
-        f"{_present(row.saved_activation_bytes) / 2**20:.2f} MiB",
+        f"{_present(row.saved_activation_bytes) / 2**20:.2f}",
         f"{_present(row.tail_ratio):.3f}",
     ]
 
