@@ -121,20 +121,13 @@ def _progress(steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[], 
         yield lambda text: progress.update(task, description=text), lambda: progress.advance(task)
 
 
-_COLUMNS = (
-    "training",
-    "test accuracy",
-    "final loss",
-    "largest difference",
-    "ms per step",
-    "MiB saved",
-    "tail ratio",
-)
+# Short enough for a terminal of 80 columns.
+_COLUMNS = ("training", "test %", "loss", "difference", "ms/step", "MiB", "tail ratio")
 _LEGEND = """
-Final loss: the mean of the last epoch, penalty included. Largest difference: of any parameter from that of plain PyTorch,
-after the training. ms per step: the median of forward, backward and optimizer together; the three take turns, step by
-step. MiB saved: what autograd keeps for the backward pass of one step, parameters apart. Tail ratio: p99 / mean, over
-the test part, of the root of the summed squared Jacobian norms of the layers."""
+test %: accuracy on the test part. loss: mean of the last epoch, penalty included. difference: the largest of any
+parameter from that of plain PyTorch, after the training. ms/step: median of forward, backward and optimizer together;
+the three take turns, step by step. MiB: what autograd keeps for the backward pass of one step, parameters apart.
+tail ratio: p99 / mean, over the test part, of the root of the summed squared Jacobian norms of the layers."""
 
 
 def _cells(row: Result) -> list[str]:
@@ -142,7 +135,7 @@ def _cells(row: Result) -> list[str]:
         return [row.name, *["-"] * (len(_COLUMNS) - 1)]
     return [
         row.name,
-        f"{100 * _present(row.test_accuracy):.2f} %",
+        f"{100 * _present(row.test_accuracy):.2f}",
         f"{_present(row.final_loss):.5f}",
         f"{_present(row.largest_parameter_difference):.1e}",
         f"{_present(row.ms_per_step):.2f}",
