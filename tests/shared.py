@@ -79,7 +79,11 @@ def assert_bitwise(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None
     for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
-        assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+        assert torch.equal(_bits(one), _bits(other))
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 class Recorder(TorchDispatchMode):
