@@ -50,9 +50,9 @@ class Operator:
         self.name = schema.split("(")[0]
         self.definition = definition
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self.eager_function, self.transformable_function = _differentiable_functions(
-            self.overload, definition, vjp, jvp
-        )
+        eager_function, self.transformable_function = _differentiable_functions(self.overload, definition, vjp, jvp)
+        # Function.apply adds only checks for torch.func transforms, which __call__ has made. They take microseconds.
+        self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
         library.impl(self.name, self._autograd_kernel, "Autograd")
         library.impl(self.name, _with_contiguous_outputs(definition), "CompositeExplicitAutograd")
@@ -66,7 +66,7 @@ class Operator:
                 return self.definition(*inputs)
             return self.transformable_function.apply(*inputs)
         if _something_to_differentiate(inputs):
-            return self.eager_function.apply(*inputs)
+            return self.apply_eagerly(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*inputs)
 
@@ -76,7 +76,7 @@ class Operator:
                 f"torch.ops.{NAMESPACE}.{self.name} cannot be called under a torch.func transform; call the public "
                 f"function of {NAMESPACE} instead"
             )
-        return self.eager_function.apply(*inputs)
+        return self.apply_eagerly(*inputs)
 
 
 def _something_to_differentiate(inputs: tuple[Any, ...]) -> bool:
@@ -97,8 +97,8 @@ def _differentiable_functions(
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The operator as an autograd Function: once for eager calls, once for ``torch.func`` transforms.
 
-    They differ in how ``forward`` gets its context. Transforms need ``setup_context``; PyTorch then inspects the signature
-    at every call, which costs several times as much as a small kernel.
+    They differ in how ``forward`` gets its context. Transforms need ``setup_context``; PyTorch then inspects the
+    signature at every call, which costs several times as much as a small kernel.
     """
     tensor_count = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in overload._schema.arguments)
     argument_count = len(overload._schema.arguments)

@@ -134,9 +134,11 @@ class DREG:
 
     Under ``torch.compile``, compile the model or a function that contains both ``model(x)`` and ``reg.penalty()``;
     neither a new batch size nor a step of the schedule recompiles. With activation checkpointing use
-    ``use_reentrant=False``; a reentrant checkpoint is refused in the backward pass. ``copy.deepcopy((model, reg))``
-    copies both; a copy of the model alone carries a regulariser of its own. The norms of the latest pass are kept
-    until the next one; their graph's buffers are freed by the backward pass as usual.
+    ``use_reentrant=False``, since a reentrant checkpoint is refused in the backward pass; checkpoints inside a compiled
+    model need ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
+    ``copy.deepcopy((model, reg))`` copies both; a copy of the model alone carries a regulariser of its own. Under
+    ``torch.vmap`` nothing is recorded. The norms of the latest pass are kept until the next one; their graph's buffers
+    are freed by the backward pass as usual.
     """
 
     def __init__(
@@ -246,6 +248,16 @@ class DREG:
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
+    def jac_sq(self) -> dict[str, list[Tensor]]:
+        """By the layer's name, ``‖J‖_F²`` for each sample in the latest forward pass, once for each time the layer ran.
+
+        The tensors are part of the graph, as the penalty is. A layer that did not run has an empty list.
+        """
+        return {
+            layer.name: [jac_sq for jac_sq, _ in record.calls]
+            for layer, record in zip(self.layers, self._records, strict=True)
+        }
+
     def report(self, *inputs: Any) -> Table[LayerReport]:
         """Per layer, the mean, 99th percentile and tail ratio of the per-sample Jacobian norm ``‖J‖_F``.
 
@@ -345,7 +357,7 @@ def find_layers(model: nn.Module, variant: str) -> list[_Site]:
 
 
 def _linear_in_front(model: nn.Module) -> dict[nn.Module, tuple[nn.Linear | None, str]]:
-    """For each ``Polynomial`` in a ``Sequential``: the ``Linear`` whose output it takes, and a note on what was found."""
+    """For each ``Polynomial`` in a ``Sequential``: the ``Linear`` in front of it, and a note on what is there."""
     result: dict[nn.Module, tuple[nn.Linear | None, str]] = {}
     for container_name, container in model.named_modules():
         if not isinstance(container, nn.Sequential):

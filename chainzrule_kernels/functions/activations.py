@@ -16,28 +16,38 @@ from torch import Tensor
 
 def _relu(z: Tensor) -> Iterator[Tensor]:
     yield F.relu(z)
-    # As in PyTorch, the slope at 0 is 0 and NaN counts as positive, so that it reaches the gradient.
-    yield torch.where(z <= 0, torch.zeros_like(z), torch.ones_like(z))
+    # As in PyTorch, the slope is 0 at 0 and 1 at NaN. Through sign it stays part of the graph, with derivative 0.
+    yield torch.where(torch.isnan(z), torch.ones_like(z), torch.relu(torch.sign(z)))
     yield torch.zeros_like(z)
     yield torch.zeros_like(z)
+
+
+def _bounded(z: Tensor) -> Tensor:
+    """``z`` where a derivative still moves. Farther out it has reached its limit, and ``0 · ∞`` would make it NaN."""
+    # Unlike clamp, this lets the gradient of NaN through.
+    return torch.where(z > 1e3, 1e3, torch.where(z < -1e3, -1e3, z))
 
 
 def _gelu(z: Tensor) -> Iterator[Tensor]:
-    yield F.gelu(z)
+    probability = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+    yield z * probability
+    z = _bounded(z)
     density = torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-    yield 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density
+    yield probability + z * density
     yield density * (2 - z * z)
     yield density * z * (z * z - 4)
 
 
 def _gelu_tanh(z: Tensor) -> Iterator[Tensor]:
-    yield F.gelu(z, approximate="tanh")
     cubic = 0.044715
     scale = math.sqrt(2 / math.pi)
+    bounded = _bounded(z)
+    t = torch.tanh(scale * (bounded + cubic * bounded**3))
+    yield 0.5 * z * (1 + t)
+    z = bounded
     inner_1 = scale * (1 + 3 * cubic * z * z)
     inner_2 = 6 * scale * cubic * z
     inner_3 = 6 * scale * cubic
-    t = torch.tanh(scale * (z + cubic * z * z * z))
     s = 1 - t * t
     t_1 = s * inner_1
     yield 0.5 * (1 + t) + 0.5 * z * t_1
@@ -58,6 +68,7 @@ def _sigmoid(z: Tensor) -> Iterator[Tensor]:
 
 def _silu(z: Tensor) -> Iterator[Tensor]:
     yield F.silu(z)
+    z = _bounded(z)
     s, s_1, s_2, s_3 = _sigmoid(z)
     yield s + z * s_1
     yield 2 * s_1 + z * s_2
@@ -74,13 +85,15 @@ def _tanh(z: Tensor) -> Iterator[Tensor]:
 
 
 def _softplus(z: Tensor) -> Iterator[Tensor]:
-    yield F.softplus(z)
+    # PyTorch's own threshold, 20, is exact for float32 and not for float64.
+    yield F.softplus(z, threshold=40.0)
     yield from _sigmoid(z)
 
 
 def _mish(z: Tensor) -> Iterator[Tensor]:
     yield F.mish(z)
-    w = torch.tanh(F.softplus(z))
+    z = _bounded(z)
+    w = torch.tanh(F.softplus(z, threshold=40.0))
     s, s_1, s_2, _ = _sigmoid(z)
     q = 1 - w * w
     w_1 = q * s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -68,9 +69,15 @@ class ChainzRuleNet(nn.Sequential):
                 )
         super().__init__(*layers)
 
+    def __getitem__(self, index: slice | int) -> nn.Module:
+        """A layer, or several as a :class:`torch.nn.Sequential`."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer."""
-        # Its own, since model.compile() passes over the forward of torch.nn.Sequential and would compile layer by layer.
+        # model.compile() passes over the forward of torch.nn.Sequential and would compile layer by layer.
         for layer in self:
             x = layer(x)
         return x

@@ -5,17 +5,17 @@ For each result and each gradient, from the same rounded inputs:
 * *exact* is the op's definition computed in float64,
 * the *error* of a tensor is ``max |tensor - exact|`` over its elements,
 * the *plain error* is the error of the expression that a user of eager PyTorch would write in the data's own dtype
-  (:meth:`~chainzrule_kernels.testing.cases.Case.plain_expression`), the largest of several draws of the inputs. One draw
-  would not do: the gradient of a coefficient is a single sum, and the error of a single sum is now and then close to zero
-  by luck,
+  (:meth:`~chainzrule_kernels.testing.cases.Case.plain_expression`), the largest of several draws of the data. One draw
+  would not do: the gradient of a coefficient is a single sum, and the error of a single sum is now and then close to
+  zero by luck,
 * the *allowance* is twice the plain error plus one ulp of the tensor's dtype at ``max |exact|``.
 
-Where *exact*, rounded to the tensor's dtype, is finite, the tensor must be finite; where it is NaN or infinite the tensor
-must be the same. Elements at which the plain expression overflows do not enlarge the allowance: the plain error is that of
-its finite elements.
+Where *exact*, rounded to the tensor's dtype, is finite, the tensor must be finite; where it is NaN or infinite the
+tensor must be the same. Elements at which the plain expression overflows do not enlarge the allowance: the plain error
+is that of its finite elements.
 
-For float64 data *exact* is itself rounded to float64. The plain error is then that of float32, scaled by the ratio of the
-two precisions, and the allowance has room for the error of *exact* too: three times the plain error plus one ulp.
+For float64 data *exact* is itself rounded to float64. The plain error is then that of float32, scaled by the ratio of
+the two precisions, and the allowance has room for the error of *exact* too: three times the plain error plus one ulp.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ import torch
 from torch import Tensor
 
 from chainzrule_kernels import backends
-from chainzrule_kernels.testing.cases import Case
+from chainzrule_kernels.testing.cases import Case, generator
 from chainzrule_kernels.testing.layouts import Layout, contiguous
 
-# Half precision needs fewer: there the plain error is far above that of arithmetic in float32.
-_DRAWS = {torch.float32: 6, torch.bfloat16: 2, torch.float16: 2}
+_DRAWS = 6
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ def draw(
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """The arguments of a case, and a gradient for each of its results.
 
-    The gradients are arranged like the data, unless that would repeat values: rounding errors of equal terms add up where
-    those of different terms cancel, and no draw of other values foretells them.
+    The gradients are arranged like the data, unless that would repeat values: rounding errors of equal terms add up
+    where those of different terms cancel, and no draw of other values foretells them.
     """
     tensors = case.arguments(
         layout.shape, dtype, parameter_dtype=parameter_dtype, arrange=layout.arrange, device=device, seed=seed
@@ -134,8 +133,8 @@ def draw(
     arrange = contiguous if layout.changes_values else layout.arrange
     with torch.no_grad():
         results = case.plain_expression(tensors)
-    generator = torch.Generator().manual_seed(seed)
-    gradients = [torch.randn(result.shape, generator=generator, dtype=torch.float64) for result in results]
+    numbers = generator("gradients", seed)
+    gradients = [torch.randn(result.shape, generator=numbers, dtype=torch.float64) for result in results]
     return tensors, tuple(arrange(gradient.to(result)) for gradient, result in zip(gradients, results, strict=True))
 
 
@@ -166,16 +165,14 @@ def results_and_gradients(
 
 
 @cache
-def _plain_errors(
-    case: Case, layout: Layout, dtype: torch.dtype, parameter_dtype: torch.dtype
-) -> dict[str, float]:
+def _plain_errors(case: Case, layout: Layout, dtype: torch.dtype, parameter_dtype: torch.dtype) -> dict[str, float]:
     """For each quantity the plain error, on the CPU."""
     if dtype == torch.float64:
         scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         in_float32 = _plain_errors(case, layout, torch.float32, torch.float32)
         return {quantity: scale * error for quantity, error in in_float32.items()}
     largest: dict[str, float] = {}
-    for seed in range(_DRAWS[dtype]):
+    for seed in range(_DRAWS):
         tensors, gradients = draw(case, layout, dtype, parameter_dtype, "cpu", seed)
         exact = in_float64(case, tensors, gradients)
         plain = results_and_gradients(case, case.plain_expression, tensors, gradients)

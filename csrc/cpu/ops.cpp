@@ -8,11 +8,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "cpu/arguments.h"
 #include "cpu/dispatch.h"
@@ -68,7 +73,29 @@ int64_t rows_of(const Tensor& tensor) {
 
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-Tensor empty_like_contiguous(const Tensor& like) { return torch::stable::new_empty(like, sizes_of(like)); }
+// Asks for huge pages under a large fresh tensor. The allocator maps such a block anew for each tensor, and taking it page by
+// page costs several times as much as filling it. The advice ends with the mapping.
+void prefer_huge_pages(const Tensor& fresh, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kMappedAnew = int64_t{32} << 20;  // glibc's largest M_MMAP_THRESHOLD
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  if (bytes < kMappedAnew) return;
+  const auto data = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (data + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  // Only advice: where it is not taken, nothing is lost.
+  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)fresh;
+  (void)bytes;
+#endif
+}
+
+Tensor empty_like_contiguous(const Tensor& like) {
+  Tensor result = torch::stable::new_empty(like, sizes_of(like));
+  prefer_huge_pages(result, result.numel() * static_cast<int64_t>(result.element_size()));
+  return result;
+}
 
 // A tensor (..., N) as a matrix of unit column stride. It is used where it lies if its leading dimensions are evenly spaced,
 // and copied otherwise.

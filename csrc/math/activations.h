@@ -23,16 +23,25 @@ struct Relu {
   }
 };
 
+// z where a derivative still moves. Farther out it has reached its limit, and 0 * Inf would make it NaN.
+template <class Real>
+CHAINZRULE_INLINE Real bounded(Real z) {
+  using E = Element<Real>;
+  const Real limit = Real{} + E(1e3);
+  return z > E(1e3) ? limit : (z < E(-1e3) ? -limit : z);
+}
+
 struct Gelu {
   static constexpr const char* kName = "gelu";
 
   template <class Real>
   static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
     using E = Element<Real>;
-    const Real z_sq = z * z;
-    const Real density = E(0.39894228040143267794) * exponential(E(-0.5) * z_sq);
-    const Real probability = E(0.5) + E(0.5) * error_function(E(0.70710678118654752440) * z);
-    return {z * probability, probability + z * density, density * (E(2) - z_sq)};
+    const Real x = bounded(z);
+    const Real x_sq = x * x;
+    const Real density = E(0.39894228040143267794) * exponential(E(-0.5) * x_sq);
+    const Real probability = E(0.5) + E(0.5) * error_function(E(0.70710678118654752440) * x);
+    return {z * probability, probability + x * density, density * (E(2) - x_sq)};
   }
 };
 
@@ -66,15 +75,16 @@ struct GeluTanh {
     using E = Element<Real>;
     const E scale = E(0.79788456080286535588);  // sqrt(2 / pi)
     const E cubic = E(0.044715);
-    const Real z_sq = z * z;
-    const Jet<Real> t = tangent_hyperbolic(scale * (z + cubic * z_sq * z));
-    const Real inner_1 = scale * (E(1) + E(3) * cubic * z_sq);
-    const Real inner_2 = E(6) * scale * cubic * z;
+    const Real x = bounded(z);
+    const Real x_sq = x * x;
+    const Jet<Real> t = tangent_hyperbolic(scale * (x + cubic * x_sq * x));
+    const Real inner_1 = scale * (E(1) + E(3) * cubic * x_sq);
+    const Real inner_2 = E(6) * scale * cubic * x;
     const Real t_1 = t.slope * inner_1;
     const Real t_2 = t.slope * inner_2 + t.curvature * inner_1 * inner_1;
-    const Real half_z = E(0.5) * z;
+    const Real half_x = E(0.5) * x;
     const Real gate = E(0.5) + E(0.5) * t.value;
-    return {z * gate, gate + half_z * t_1, t_1 + half_z * t_2};
+    return {z * gate, gate + half_x * t_1, t_1 + half_x * t_2};
   }
 };
 
@@ -84,8 +94,9 @@ struct Silu {
   template <class Real>
   static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
     using E = Element<Real>;
-    const Jet<Real> s = logistic(z);
-    return {z * s.value, s.value + z * s.slope, E(2) * s.slope + z * s.curvature};
+    const Real x = bounded(z);
+    const Jet<Real> s = logistic(x);
+    return {z * s.value, s.value + x * s.slope, E(2) * s.slope + x * s.curvature};
   }
 };
 
@@ -136,7 +147,8 @@ struct Mish {
     const Jet<Real> s = logistic(z);
     const Real w_1 = one_minus_w_sq * s.value;
     const Real w_2 = one_minus_w_sq * (s.slope - E(2) * w * s.value * s.value);
-    return {z * w, w + z * w_1, E(2) * w_1 + z * w_2};
+    const Real x = bounded(z);
+    return {z * w, w + x * w_1, E(2) * w_1 + x * w_2};
   }
 };
 

@@ -1,0 +1,59 @@
+"""What every test shares.
+
+Tests of ops take the fixtures ``device`` and ``backend``: each device that is here, and on it each backend that is not
+the reference. Where there is none (no compiler when the package was installed) they run the registered operators on
+their plain-PyTorch kernels, so that everything but the compiled kernels is still tested.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import chainzrule_kernels as ck
+from chainzrule_kernels import backends
+
+FALLBACK = "operators-on-plain-pytorch"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two test processes with two threads each on two cores would spend their time waiting for each other.
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+def _targets() -> list[tuple[str, str]]:
+    targets = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        z = torch.ones(1, 1, device=device)
+        names = [name for name in backends.BACKENDS if backends.why_not(name, "polynomial", z) is None]
+        targets += [(device, name) for name in names if name != "reference"] or [(device, FALLBACK)]
+    return targets
+
+
+@pytest.fixture(params=_targets(), ids=lambda target: "-".join(target))
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """A device and a backend on it, in force for the test."""
+    if request.param[1] == FALLBACK:
+        monkeypatch.setattr(backends, "choose", lambda op, z: FALLBACK)
+        yield request.param
+        return
+    with ck.backend(request.param[1]):
+        yield request.param
+
+
+@pytest.fixture
+def device(target: tuple[str, str]) -> str:
+    """The device of the target."""
+    return target[0]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads that the test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
