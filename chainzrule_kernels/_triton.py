@@ -59,6 +59,14 @@ def register(dispatch_key: str) -> None:
     device_types.add(dispatch_key.lower())
 
 
+def _installed() -> bool:
+    """Whether Triton is there. An import hook that refuses it may raise rather than find nothing."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def _kernel(name: str, module: str) -> Callable[..., Any]:
     """The operator's function, which replaces itself at the first call."""
     loaded: Callable[..., Any] | None = None
@@ -74,7 +82,7 @@ def _kernel(name: str, module: str) -> Callable[..., Any]:
 
 if os.environ.get("CHAINZRULE_KERNELS_NO_TRITON", "0") not in ("", "0"):
     missing_because = "switched off by the environment variable CHAINZRULE_KERNELS_NO_TRITON"
-elif importlib.util.find_spec("triton") is None:
+elif not _installed():
     missing_because = "Triton is not installed"
 else:
     register("CUDA")

@@ -1,5 +1,6 @@
 """From tensors to a launch: what the operators on the Triton kernels have in common."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,13 @@ from chainzrule_kernels.ops._launch import Plan, Tile
 
 _VECTOR_BYTES = 16
 _compiled: set[Any] = set()
+
+COMPILE_AHEAD = os.environ.get("CHAINZRULE_KERNELS_COMPILE_AHEAD", "1") not in ("", "0")
+"""Whether the first call of a kernel compiles it for all its tiles, or every tile is compiled when it is first needed.
+
+Ahead is for programs that run long with shapes that vary. A test suite, with a few calls of a thousand kernels, is better
+off without.
+"""
 
 
 def contiguous(tensor: Tensor | None) -> Any:
@@ -53,11 +61,11 @@ def nothing(tensor: Tensor) -> Tensor:
 
 
 def added_up(sums: Tensor | None, parameter: Tensor | None) -> Tensor:
-    """The second stage: the programs' sums, added in a fixed order, as the gradient of ``parameter``."""
+    """The second stage: the programs' sums, added in a fixed order in float64, as the gradient of ``parameter``."""
     assert parameter is not None
     if sums is None:
         return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-    return sums.sum(0).to(parameter.dtype)
+    return sums.sum(0, dtype=torch.float64).to(parameter.dtype)
 
 
 def launch(
@@ -85,7 +93,7 @@ def launch(
             launch(kernel, plan, tiles, tensors, sizes, constants)
         return
     key = (kernel, device, *(value if value is None else value.dtype for value in tensors), *constants.values())
-    if key not in _compiled:
+    if key not in _compiled and COMPILE_AHEAD:
         compile_for(kernel, tiles, (*tensors, *sizes), constants)
         _compiled.add(key)
     kernel[(plan.programs,)](*tensors, *sizes, **constants, **of_tile(kernel, plan.tile))
