@@ -51,8 +51,8 @@ def load(module: str = "_dreg_triton") -> ModuleType:
 def register(dispatch_key: str) -> None:
     """Make the Triton kernels the operators' kernels for a dispatch key.
 
-    ``"CUDA"`` serves NVIDIA and AMD GPUs. ``"CPU"`` is for Triton's interpreter (``TRITON_INTERPRET=1``), where no compiled
-    CPU module is loaded.
+    ``"CUDA"`` serves NVIDIA and AMD GPUs. ``"CPU"`` is for Triton's interpreter (``TRITON_INTERPRET=1``), where no
+    compiled CPU module is loaded.
     """
     for name, module in _OPERATORS.items():
         library.impl(name, _kernel(name, module), dispatch_key)

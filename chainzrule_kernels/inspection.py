@@ -1,8 +1,8 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be there.
 
-A kernel is compiled with Triton's own compiler and assembler for an architecture, and the result is read: registers, spills
-and shared memory from the machine code, the width of every global load and store from the assembly (PTX; for AMD the LLVM
-code behind it), where each address can be followed back to the tensor it came from.
+A kernel is compiled with Triton's own compiler and assembler for an architecture, and the result is read: registers,
+spills and shared memory from the machine code, the width of every global load and store from the assembly (PTX; for
+AMD the LLVM code behind it), where each address can be followed back to the tensor it came from.
 
 Only tensors that are as large as the data matter for the width: those are *streamed*. Of a matrix that is not a whole
 number of vectors, the last elements are moved one by one (:mod:`chainzrule_kernels.ops._launch`, *shifted*); those few
@@ -125,8 +125,9 @@ def itemsize(dtype: str) -> int:
 def variants(itemsize: int, *, quick: bool = False) -> Iterator[Variant]:
     """The kernels that are looked at: every kernel with every tile that its plans can choose.
 
-    The cubic with all tiles, the highest degree and every activation with the ``middle`` tile, where registers are scarcest.
-    All gradients arrive and all are wanted, except that ``derivative`` is an output rarely asked for and has one variant.
+    The cubic with all tiles, the highest degree and every activation with the ``middle`` tile, where registers are
+    scarcest. All gradients arrive and all are wanted, except that ``derivative`` is an output rarely asked for and
+    has one variant.
 
     Args:
         itemsize: of the data, in bytes; it decides the tiles.
@@ -215,7 +216,7 @@ def compile_for(variant: Variant, arch: str, dtype: str) -> tuple[Any, list[str]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from chainzrule_kernels.ops import _dreg_triton, _tangent_triton
+    from chainzrule_kernels.ops import _dreg_kernels_triton, _tangent_kernels_triton
     from chainzrule_kernels.ops._call_triton import of_tile
 
     if re.fullmatch(r"sm_\d+", arch):
@@ -226,8 +227,8 @@ def compile_for(variant: Variant, arch: str, dtype: str) -> tuple[Any, list[str]
         raise ValueError(f"arch: expected sm_<number> or gfx9<letters and digits>, got {arch!r}")
     itemsize(dtype)
     data = DTYPES[dtype]
-    module = _tangent_triton if variant.kernel.startswith("tangent") else _dreg_triton
-    kernel = getattr(module, variant.kernel)
+    tangent = variant.kernel.startswith("tangent")
+    kernel = getattr(_tangent_kernels_triton if tangent else _dreg_kernels_triton, variant.kernel)
     given = of_tile(kernel, variant.tile)
     given |= {"KIND": variant.kind, "DEGREE": variant.degree, "PER_CHANNEL": variant.per_channel}
     signature, constants, attributes, taken = {}, {}, {}, []
@@ -322,13 +323,15 @@ def _ptx_accesses(ptx: str) -> Accesses:
 def _llvm_accesses(code: str) -> Accesses:
     """The same from LLVM code, in which parameter ``n`` is ``%n``."""
     pointer = r"ptr addrspace\(1\)(?: inreg| nofree| readonly| captures\(none\)| noundef)* (%\w+)"
-    signature = re.search(r"^define [^@]*@\w+\((.*?)\) ", code, re.M)
+    signature = re.search(r"^define .*$", code, re.M)
     assert signature is not None
-    count = len(re.findall(r"%\d+", signature[1]))
+    count = len(re.findall(r"%\d+", signature[0]))
     origins = {f"%{index}": {index} for index in range(count)}
     sources = [
         (result, re.findall(r"%\w+", operands))
-        for result, operands in re.findall(r"^\s*(%\w+) = (?:getelementptr|phi|select|addrspacecast)\b(.*)$", code, re.M)
+        for result, operands in re.findall(
+            r"^\s*(%\w+) = (?:getelementptr|phi|select|addrspacecast)\b(.*)$", code, re.M
+        )
     ]
     _spread(origins, sources)
     accesses: dict[tuple[str, int], list[int]] = _Lists()

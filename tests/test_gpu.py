@@ -115,7 +115,7 @@ def test_r10_second_device(case: Case) -> None:
     assert_bitwise([value.to("cuda:0") for value in found], differentiate(case, first))
 
 
-# ---- R14: a new shape compiles nothing ---------------------------------------------------------------------------------
+# ---- R14: a new shape compiles nothing -------------------------------------------------------------------------------
 
 
 def test_r14_a_new_shape_compiles_nothing_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ GROUPS = sorted({variant.kernel for variant in _variants("bfloat16", quick=False
 @pytest.mark.parametrize("kernel", GROUPS)
 def test_compiled_for_hopper(kernel: str, dtype: str) -> None:
     for variant in _variants(dtype, quick=False):
-        if variant.kernel == kernel:
+        if variant.kernel == kernel and (variant.tile.vector > 1 or dtype == "bfloat16"):
             _check(variant, "sm_90", dtype)
 
 
@@ -58,7 +58,7 @@ def test_other_architectures_are_read(arch: str) -> None:
 
 
 def test_shared_coefficients_move_whole_vectors_whatever_the_length() -> None:
-    """A matrix without per-channel parameters has 16-byte tiles for every width from 65 on, and without rows for any."""
+    """With nothing per channel there are 16-byte tiles for every width from 65 on; without rows, for every length."""
     from chainzrule_kernels.ops import _launch
 
     for itemsize in (2, 4):
@@ -123,9 +123,9 @@ def absent_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets a kernel be compiled through its usual entry, as the first call on a GPU would."""
     from triton.runtime import driver
 
-    from chainzrule_kernels.ops import _dreg_triton
+    from chainzrule_kernels.ops import _dreg_kernels_triton
 
-    caches = _dreg_triton.dreg_forward_kernel.device_caches
+    caches = _dreg_kernels_triton.dreg_forward_kernel.device_caches
     caches.clear()
     monkeypatch.setattr(driver, "_active", _AbsentGPU())
     yield

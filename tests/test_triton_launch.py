@@ -9,7 +9,32 @@ import pytest
 from chainzrule_kernels.ops import _launch
 from chainzrule_kernels.ops._launch import Plan, Tile
 
-WIDTHS = [1, 2, 3, 7, 8, 31, 32, 37, 64, 65, 72, 75, 255, 256, 300, 1000, 1001, 1024, 2048, 2049, 4096, 8191, 65535, 65536]
+WIDTHS = [
+    1,
+    2,
+    3,
+    7,
+    8,
+    31,
+    32,
+    37,
+    64,
+    65,
+    72,
+    75,
+    255,
+    256,
+    300,
+    1000,
+    1001,
+    1024,
+    2048,
+    2049,
+    4096,
+    8191,
+    65535,
+    65536,
+]
 ROWS = [1, 2, 3, 15, 16, 100, 1023, 4096, 65536, 1 << 20, 1 << 31]
 ITEMSIZES = [2, 4, 8]
 
@@ -77,7 +102,9 @@ def test_tiles_loaded_together_belong_to_one_program() -> None:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("shape", [(1 << 26, 1), (1 << 23, 8), (1 << 20, 64), (65536, 1024), (1024, 65536), (16, 1 << 22)])
+@pytest.mark.parametrize(
+    "shape", [(1 << 26, 1), (1 << 23, 8), (1 << 20, 64), (65536, 1024), (1024, 65536), (16, 1 << 22)]
+)
 def test_large_tensors_fill_a_gpu(name: str, shape: tuple[int, int]) -> None:
     # Two programs for each of the 132 multiprocessors of an H200, whatever the shape of 64 Mi elements.
     assert PLANS[name][0](*shape, 2).programs >= 264

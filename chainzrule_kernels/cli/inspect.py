@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compile and print. The exit status is 2 when Triton is missing or an argument is of no known form, otherwise 0."""
+    """Compile and print.
+
+    The exit status is 2 when Triton is missing or an argument is of no known form, otherwise 0.
+    """
     if find_spec("triton") is None:
         print("inspect: Triton is not installed", file=sys.stderr)
         return NOT_AVAILABLE

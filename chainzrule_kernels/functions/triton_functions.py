@@ -2,11 +2,12 @@
 
 The twin of ``csrc/math``, with the same formulas: they avoid the differences of nearly equal numbers (``1 - tanh²``,
 ``s (1 - s)``) of the textbook ones. Everything here computes in the dtype of its argument, float32 or float64; callers
-convert half precision before (the interpreter would otherwise compute with the bits of bfloat16). What a caller does not
-use of a result, the compiler removes.
+convert half precision before (the interpreter would otherwise compute with the bits of bfloat16). What a caller does
+not use of a result, the compiler removes.
 """
 
-# Triton reads the source of these functions and evaluates their annotations: no `from __future__ import annotations` here.
+# Triton reads the source of these functions and evaluates their annotations: no `from __future__ import annotations`
+# here.
 
 import triton
 import triton.language as tl
@@ -16,8 +17,9 @@ import triton.language as tl
 def exponential(x):
     """``exp(x)`` for ``x <= 80``.
 
-    In float32 the hardware has ``2^t``. The rounding error of ``t = x log2(e)`` grows with ``x``; what it lost comes back
-    in the last factor. Below -110 the result is zero, and the infinity that would make that factor NaN is kept out.
+    In float32 the hardware has ``2^t``. The rounding error of ``t = x log2(e)`` grows with ``x``; what it lost comes
+    back in the last factor. Below -110 the result is zero, and the infinity that would make that factor NaN is kept
+    out.
     """
     if x.dtype == tl.float64:
         return tl.exp(x)
@@ -147,10 +149,11 @@ def activation(z, KIND: tl.constexpr):
 
 @triton.jit
 def polynomial(z, coeffs, DEGREE: tl.constexpr):
-    """Value, slope and curvature of a polynomial at ``z``; ``coeffs`` is a tuple of ``DEGREE + 1`` that broadcast to ``z``.
+    """Value, slope and curvature of a polynomial at ``z``; ``coeffs`` is a tuple of ``DEGREE + 1`` that broadcast to
+    ``z``.
 
-    Horner's rule for ``p``, and the same recurrence differentiated: ``p'`` and ``p''/2`` ride along. Their first steps are
-    written as assignments, because ``0 · inf`` is not 0.
+    Horner's rule for ``p``, and the same recurrence differentiated: ``p'`` and ``p''/2`` ride along. Their first
+    steps are written as assignments, because ``0 · inf`` is not 0.
     """
     value = coeffs[DEGREE] * z + coeffs[DEGREE - 1]
     slope = coeffs[DEGREE] + tl.zeros_like(z)

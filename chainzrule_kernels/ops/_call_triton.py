@@ -16,8 +16,8 @@ _compiled: set[Any] = set()
 COMPILE_AHEAD = os.environ.get("CHAINZRULE_KERNELS_COMPILE_AHEAD", "1") not in ("", "0")
 """Whether the first call of a kernel compiles it for all its tiles, or every tile is compiled when it is first needed.
 
-Ahead is for programs that run long with shapes that vary. A test suite, with a few calls of a thousand kernels, is better
-off without.
+Ahead is for programs that run long with shapes that vary. A test suite, with a few calls of a thousand kernels, is
+better off without.
 """
 
 
@@ -81,7 +81,8 @@ def launch(
     Args:
         kernel: the Triton function.
         plan: how the call is cut.
-        tiles: every tile that another shape may ask for. The first call of a kernel with these dtypes and constants compiles
+        tiles: every tile that another shape may ask for. The first call of a kernel with these dtypes and constants
+        compiles
             it for all of them, so that no later shape compiles anything.
         tensors: its first arguments; None for an absent one.
         sizes: the integer arguments behind them.

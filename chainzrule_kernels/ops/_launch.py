@@ -1,31 +1,33 @@
 r"""How the Triton kernels cut their work: the one place with launch parameters.
 
-A kernel sees its data as a matrix of ``rows`` samples by ``columns`` channels and works on tiles of it. There is no tuning
-at run time. A tile comes from the short tables below, and the number of programs from the shape alone, so that sums are
-added in an order that depends on nothing but the shape: the same input gives the same bits. What varies with the shape is
-an ordinary argument of the kernel; what is compiled in is the tile. A new shape therefore compiles nothing once the tiles
-of its kernel are compiled, and :func:`forward_tiles` and its sisters say which those are.
+A kernel sees its data as a matrix of ``rows`` samples by ``columns`` channels and works on tiles of it. There is no
+tuning at run time. A tile comes from the short tables below, and the number of programs from the shape alone, so that
+sums are added in an order that depends on nothing but the shape: the same input gives the same bits. What varies with
+the shape is an ordinary argument of the kernel; what is compiled in is the tile. A new shape therefore compiles
+nothing once the tiles of its kernel are compiled, and :func:`forward_tiles` and its sisters say which those are.
 
 Vectors
     A thread moves 16 bytes at a time: ``vector = 16 / itemsize`` elements. Which of three ways applies depends on the
     width of a row.
 
     * *aligned*: ``columns`` is a multiple of ``vector``, so every row begins on a 16-byte boundary.
-    * *shifted*: it is not, but nothing depends on the channel (shared coefficients, no ``row_sq``), and a row is at least
+    * *shifted*: it is not, but nothing depends on the channel (shared coefficients, no ``row_sq``), and a row is at
+    least
       ``SHIFTED_COLUMNS`` wide. A row is then read from the boundary at or before its first element; the vector that two
       rows share is read twice and written once. The last elements of the matrix, fewer than ``vector``, go one by one.
     * *single*: neither. One element at a time, coalesced. This is what odd widths cost.
 
 Tiles
-    ``narrow`` for rows of at most ``NARROW_COLUMNS``, ``wide`` for few rows, ``middle`` for everything else. In a forward
-    every thread has four 16-byte loads in flight; in a backward two from each tensor, since it keeps sums in registers.
+    ``narrow`` for rows of at most ``NARROW_COLUMNS``, ``wide`` for few rows, ``middle`` for everything else. In a
+    forward every thread has four 16-byte loads in flight; in a backward two from each tensor, since it keeps sums in
+    registers.
 
 Programs
-    A forward that sums over the channels gives every program whole rows, unless there are too few to fill a GPU; then it
-    splits rows and a second stage adds the parts. A backward that sums over the samples gives every program a run of rows
-    and leaves one partial sum for each program, which a second stage adds. Both second stages are a ``torch.sum`` over a
-    small float32 buffer. ``PROGRAMS`` is a few programs for each multiprocessor of the largest GPU at hand (132 on an
-    H100 or H200, 304 on an MI300X).
+    A forward that sums over the channels gives every program whole rows, unless there are too few to fill a GPU; then
+    it splits rows and a second stage adds the parts. A backward that sums over the samples gives every program a run
+    of rows and leaves one partial sum for each program, which a second stage adds. Both second stages are a
+    ``torch.sum`` over a small float32 buffer. ``PROGRAMS`` is a few programs for each multiprocessor of the largest
+    GPU at hand (132 on an H100 or H200, 304 on an MI300X).
 """
 
 from __future__ import annotations
@@ -185,7 +187,7 @@ def flat_tiles(itemsize: int) -> list[Tile]:
     return [Tile(1, 512 * vector, vector, shifted=True)]
 
 
-# ---- the backward of *_dreg and *_tangent ------------------------------------------------------------------------------
+# ---- the backward of *_dreg and *_tangent ----------------------------------------------------------------------------
 
 
 def _backward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
@@ -240,12 +242,12 @@ def flat_backward_tiles(itemsize: int) -> list[Tile]:
     return [Tile(1, 256 * vector, vector, shifted=True)]
 
 
-# ---- coefficients, weights or sums for each channel: the forward of *_dreg, and the backward of both ----------------------
+# ---- coefficients, weights or sums for each channel: the forward of *_dreg, and the backward of both -----------------
 
 
 def _channel_tiles(vector: int, itemsize: int, degree: int) -> dict[str, Tile]:
-    # One vector for each thread, so that what belongs to a channel is in registers once: a warp for every row, or several
-    # narrow rows for every warp. What a tile lacks in loads in flight, unrolling makes up for.
+    # One vector for each thread, so that what belongs to a channel is in registers once: a warp for every row, or
+    # several narrow rows for every warp. What a tile lacks in loads in flight, unrolling makes up for.
     whole = 16 // itemsize
     unroll = 4 if degree <= 4 else 2
     return {
@@ -278,7 +280,7 @@ def channel_tiles(itemsize: int, degree: int) -> list[Tile]:
     return [tile for vector in (16 // itemsize, 1) for tile in _channel_tiles(vector, itemsize, degree).values()]
 
 
-# ---- the forward of *_tangent ------------------------------------------------------------------------------------------
+# ---- the forward of *_tangent ----------------------------------------------------------------------------------------
 
 
 def _tangent_tiles(vector: int) -> dict[str, Tile]:

@@ -1,6 +1,7 @@
 """Where the elements of a tile lie, which of them a program loads, owns and stores, and how it sums them.
 
-Shared by the Triton kernels of ``*_dreg`` and ``*_tangent``; the words are those of :mod:`chainzrule_kernels.ops._launch`.
+Shared by the Triton kernels of ``*_dreg`` and ``*_tangent``; the words are those of
+:mod:`chainzrule_kernels.ops._launch`.
 """
 
 import triton
@@ -19,9 +20,9 @@ def tile_at(
 ):
     """The tile of the rows ``row`` (int64) at the column step ``step``.
 
-    Returns the offsets of its elements, and three masks: what to load, what belongs to these rows, and what to store. The
-    first and the last are constant over a vector, so that a vector stays one load or store; so is the second unless
-    rows are shifted. The last result is the first column beyond the row, as seen from the tile.
+    Returns the offsets of its elements, and three masks: what to load, what belongs to these rows, and what to store.
+    The first and the last are constant over a vector, so that a vector stays one load or store; so is the second
+    unless rows are shifted. The last result is the first column beyond the row, as seen from the tile.
     """
     column = tl.arange(0, COLUMNS)
     vector_start = column // VECTOR * VECTOR
@@ -81,7 +82,7 @@ def load_channels(
 ):
     """Row ``index`` of a matrix with one column for each channel, as ``(ROWS, COLUMNS)``; every row is the same.
 
-    With ``ROWS`` those of the tile, every thread loads the channels of its own elements, and nothing has to change hands.
+    With ``ROWS`` those of the tile, every thread loads the channels of its own elements: nothing has to change hands.
     """
     channel, mask = channels_at(step, columns, COLUMNS, VECTOR)
     offset = index * (columns // VECTOR) * VECTOR + channel + tl.zeros((ROWS, 1), dtype=tl.int64)
@@ -101,7 +102,7 @@ def load_coefficients(
     VECTOR: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The coefficients as a tuple: scalars, or ``(ROWS, COLUMNS)`` where each channel has its own. Empty for activations."""
+    """The coefficients: scalars, or ``(ROWS, COLUMNS)`` where channels have their own; none for activations."""
     coeffs = ()
     if KIND == "polynomial":
         for k in tl.static_range(DEGREE + 1):
@@ -143,8 +144,8 @@ def add_coefficient_gradients(
 ):
     """Adds to ``sums[k]`` what a tile contributes to the gradient of coefficient ``k``.
 
-    That is ``g z^k + h k z^(k-1)``, where ``g = at_value`` arrives at ``p`` and ``h = at_slope`` at ``p'``. Elements that do
-    not count must have all three zero.
+    That is ``g z^k + h k z^(k-1)``, where ``g = at_value`` arrives at ``p`` and ``h = at_slope`` at ``p'``. Elements
+    that do not count must have all three zero.
     """
     added = ()
     power = z
@@ -181,7 +182,7 @@ def put_coefficient_sums(
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Leaves a program's sums: ``(row_program, k, channel)``, or ``(row_program, split, k)`` where coefficients are shared."""
+    """Leaves a program's sums: ``(row_program, k, channel)``; for shared coefficients ``(row_program, split, k)``."""
     if PER_CHANNEL:
         channel, mask = channels_at(split, columns, COLUMNS, VECTOR)
         for k in tl.static_range(DEGREE + 1):

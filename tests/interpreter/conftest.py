@@ -1,7 +1,7 @@
 """Triton's interpreter runs the kernels on CPU tensors, through the same operators as on a GPU.
 
-Collected only by tests/test_triton_interpreter.py, in a process of its own: the interpreter has to be chosen before Triton
-is imported, and the compiled CPU kernels must not be there.
+Collected only by tests/test_triton_interpreter.py, in a process of its own: the interpreter has to be chosen before
+Triton is imported, and the compiled CPU kernels must not be there.
 """
 
 from __future__ import annotations

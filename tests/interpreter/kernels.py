@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,8 +30,8 @@ def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
 def check(case: Case, layout: Layout, dtype: torch.dtype) -> None:
     """Results and gradients within the allowance; a coefficient's gradient within twice the allowance.
 
-    The interpreter neither fuses multiplications with additions nor adds a tile's elements in a tree, as a GPU does, and the
-    gradient of a coefficient is one sum over everything.
+    The interpreter neither fuses multiplications with additions nor adds a tile's elements in a tree, as a GPU does,
+    and the gradient of a coefficient is one sum over everything.
     """
     for accuracy in measure(case, layout, dtype, parameter_dtype(dtype), ["triton"])["triton"]:
         assert accuracy.used <= (2 if accuracy.quantity == "d coeffs" else 1), accuracy
@@ -50,7 +49,9 @@ def test_every_dtype(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [layout for layout in LAYOUTS if layout.name not in ("contiguous", "many rows", "long rows")], ids=lambda it: it.name
+    "layout",
+    [layout for layout in LAYOUTS if layout.name not in ("contiguous", "many rows", "long rows")],
+    ids=lambda layout: layout.name,
 )
 @pytest.mark.parametrize(
     "name",
@@ -71,13 +72,25 @@ SEEN: dict[str, set[_launch.Tile]] = {}
 
 # For four elements to a vector: narrow, middle and wide tiles; rows that are a whole number of vectors or not; several
 # blocks of rows, several steps to a row; and a matrix that ends within a vector, and one that does not.
-SHAPES = [(70, 40), (70, 37), (33, 64), (300, 3), (20, 72), (21, 75), (9, 323), (40, 300), (3, 2304), (3, 4099), (2, 5001)]
+SHAPES = [
+    (70, 40),
+    (70, 37),
+    (33, 64),
+    (300, 3),
+    (20, 72),
+    (21, 75),
+    (9, 323),
+    (40, 300),
+    (3, 2304),
+    (3, 4099),
+    (2, 5001),
+]
 # Where the channels differ there are no wide tiles, and a program for every few channels.
 NO_WIDE_TILES = ("polynomial_dreg[degree 3, shared, row_sq]", "polynomial_dreg[degree 3, per channel]")
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps in SEEN which kernel ran with which tile."""
 
     def launch(kernel: Any, plan: _launch.Plan, *arguments: Any) -> None:
@@ -86,7 +99,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(_dreg_triton, "launch", launch)
     monkeypatch.setattr(_tangent_triton, "launch", launch)
-    yield
 
 
 @pytest.mark.usefixtures("recorded")
@@ -111,7 +123,7 @@ def test_every_tile(name: str, shape: tuple[int, ...]) -> None:
 def test_all_tiles_were_seen() -> None:
     channel = set(_launch.channel_tiles(4, 3))
     tangent = set(_launch.tangent_tiles(4))
-    assert SEEN == {
+    expected = {
         "dreg_forward_kernel": {*_launch.forward_tiles(4), *_launch.flat_tiles(4)},
         "dreg_backward_kernel": {*_launch.backward_tiles(4), *_launch.flat_backward_tiles(4)},
         "dreg_channel_forward_kernel": channel,
@@ -119,6 +131,7 @@ def test_all_tiles_were_seen() -> None:
         "tangent_forward_kernel": tangent,
         "tangent_backward_kernel": tangent | channel,
     }
+    assert expected == SEEN
 
 
 @pytest.mark.parametrize("shape", [(21, 75), (3, 4099), (5, 37), (4, 72)], ids=str)
@@ -142,7 +155,7 @@ def test_nothing_is_written_beyond_an_output(shape: tuple[int, ...], monkeypatch
         assert (buffer[32:-32] != 7.25).all()
 
 
-# ---- gradients that did not arrive, results that are not wanted -----------------------------------------------------------
+# ---- gradients that did not arrive, results that are not wanted ------------------------------------------------------
 
 
 @pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=3)), ids=str)
@@ -206,7 +219,7 @@ def test_coefficients_that_are_not_finite_do_not_reach_sums_from_outside_of_the_
         )
 
 
-# ---- through autograd --------------------------------------------------------------------------------------------------
+# ---- through autograd ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
