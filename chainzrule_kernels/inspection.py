@@ -195,16 +195,19 @@ def inspect(variant: Variant, arch: str, dtype: str) -> Inspection:
     read = _read_nvidia(compiled) if "cubin" in compiled.asm else _read_amd(compiled)
     element = itemsize(dtype)
     threads = variant.tile.warps * (32 if "cubin" in compiled.asm else 64)
-    tail = -(-variant.tile.rows * variant.tile.vector // threads) if variant.tile.shifted else 0
+    # What every thread moves of a tile, if it moves it in vectors.
+    in_vectors = variant.tile.rows * variant.tile.columns * element // threads
 
     def narrowest(access: str) -> int:
-        """The narrowest access to a streamed tensor, but for the tail."""
+        """The narrowest access to a streamed tensor, but for the tail of a shifted matrix."""
         found = set()
         for index, name in enumerate(pointers):
             if name in _STREAMED:
                 counted = Counter(widths[access, index])
-                counted[element] -= tail
-                found |= {width for width, count in counted.items() if count > 0}
+                wide = sum(width * count for width, count in counted.items() if width > element)
+                if variant.tile.shifted and wide >= in_vectors:
+                    del counted[element]
+                found |= set(counted)
         return min(found, default=0)
 
     return Inspection(variant.name, arch, dtype, **read, load_bytes=narrowest("load"), store_bytes=narrowest("store"))

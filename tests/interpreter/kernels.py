@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -158,8 +159,17 @@ def test_nothing_is_written_beyond_an_output(shape: tuple[int, ...], monkeypatch
 # ---- gradients that did not arrive, results that are not wanted ------------------------------------------------------
 
 
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Differences then come from mistakes, not from rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=3)), ids=str)
 @pytest.mark.parametrize("form", ["shared", "per channel", "activation"])
+@pytest.mark.usefixtures("in_float64")
 def test_absent_gradients_and_unwanted_results(form: str, present: tuple[bool, ...]) -> None:
     z, row_sq = torch.randn(5, 8), torch.rand(8)
     grads = [torch.randn(5, 8), torch.randn(5), torch.randn(5, 8)]
@@ -178,6 +188,7 @@ def test_absent_gradients_and_unwanted_results(form: str, present: tuple[bool, .
 
 @pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=3)), ids=str)
 @pytest.mark.parametrize("tangents", [0, 2])
+@pytest.mark.usefixtures("in_float64")
 def test_absent_gradients_of_tangents(tangents: int, present: tuple[bool, ...]) -> None:
     z, z_dot = torch.randn(5, 8), torch.randn(tangents, 5, 8)
     grads = [torch.randn(5, 8), torch.randn(tangents, 5, 8), torch.randn(tangents, 5)]
@@ -189,6 +200,7 @@ def test_absent_gradients_of_tangents(tangents: int, present: tuple[bool, ...]) 
             torch.testing.assert_close(operator(*inputs), operator.definition(*inputs))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_the_gradient_of_a_mean_is_used_where_it_lies() -> None:
     z, coeffs = torch.randn(40, 300), torch.randn(4)
     inputs = (z, None, coeffs, None, torch.tensor(0.5).expand(40), None, True, False, True)
@@ -197,6 +209,7 @@ def test_the_gradient_of_a_mean_is_used_where_it_lies() -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("columns", [75, 37, 8])
+@pytest.mark.usefixtures("in_float64")
 def test_values_that_are_not_finite_stay_in_their_row(columns: int, value: float) -> None:
     z = torch.randn(6, columns)
     z[2, -1] = z[4, 0] = value
