@@ -36,8 +36,8 @@ lint: $(DEPENDABLE)
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the installed one. Leaks are not looked for:
 # Python and torch keep memory until the process ends. Tests that start compilers or other processes test nothing here.
-SANITIZED_TESTS = --ignore=tests/test_packaging.py --ignore=tests/test_demo.py --ignore=tests/test_command_line.py \
-    -k 'not compile and not export and not process'
+NOT_SANITIZED   := packaging demo cli compile
+SANITIZED_TESTS := $(NOT_SANITIZED:%=--ignore=tests/test_%.py) -k 'not compile and not export and not process'
 UNDER_SANITIZERS = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib \
     LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
     $(CURDIR)/$(IN_VENV)

@@ -52,6 +52,12 @@ def device(target: tuple[str, str]) -> str:
 
 
 @pytest.fixture
+def compiled(target: tuple[str, str]) -> bool:
+    """Whether compiled kernels run. Only they fix the order of their sums for every layout and number of threads."""
+    return target[1] != FALLBACK
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restores the number of threads that the test changes."""
     before = torch.get_num_threads()

@@ -134,7 +134,8 @@ def test_activations_far_from_zero(kind: str, dtype: torch.dtype, target: tuple[
     for found, expected in zip(results, exact, strict=True):
         assert found.isfinite().all()
         scale = expected.abs().clamp_min(1.0)
-        tolerance = 8 * torch.finfo(found.dtype).eps if found.dtype != torch.float64 else 1e-13
+        eps_allowed = 8 if target[1] in ck.backends.BACKENDS else 64  # the plain-PyTorch formulas cancel a little more
+        tolerance = eps_allowed * torch.finfo(found.dtype).eps if found.dtype != torch.float64 else 1e-13
         assert ((found.double() - expected).abs() / scale).max().item() <= tolerance
 
 

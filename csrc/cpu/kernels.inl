@@ -1,6 +1,6 @@
 // The CPU kernels, compiled once for each instruction set by kernels_baseline.cpp, kernels_avx2.cpp and kernels_avx512.cpp.
 //
-// Data goes through in chunks of at most kChunk columns of one row. A chunk is computed by a function that knows the scalar
+// Data goes through in chunks of at most 64 vectors of one row. A chunk is computed by a function that knows the scalar
 // function (polynomial of some degree, or activation) and works on float or double in memory; around it the drivers convert
 // half precision, walk over rows, and keep the sums. Sums run in a fixed order: over the lanes of a vector, then over a chunk
 // or over kRowsPerSum rows, then in double.
@@ -19,7 +19,10 @@
 
 namespace chainzrule::CHAINZRULE_TARGET {
 
-constexpr int64_t kChunk = 1024;
+// Short enough for the sums over one chunk to stay accurate however narrow the vectors are. Sums of floats go on in double;
+// those of doubles have nothing wider to go on in, and float64 is for checking, not for speed.
+template <class E>
+constexpr int64_t kChunk = (std::is_same_v<E, double> ? 16 : 64) * kLanes<E>;
 constexpr int kMaxDegree = 8;
 constexpr int64_t kMaxTangentsAtOnce = 64;
 
@@ -220,7 +223,7 @@ ChunkFunctions<E> chunk_functions(const FunctionSpec& function) {
 // Room for one chunk; half precision is widened into it, float and double are used where they lie.
 template <class E>
 struct Buffer {
-  alignas(64) E data[kChunk];
+  alignas(64) E data[kChunk<E>];
 };
 
 template <class S, class E>
@@ -314,8 +317,8 @@ void dreg_forward_tile(const DregForward& a, const Tile& tile, int64_t split) {
   Buffer<E> z_buffer, y_buffer, derivative_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     double norm = 0;
-    for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk) {
-      const int64_t n = std::min(kChunk, tile.column_end - column);
+    for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
+      const int64_t n = std::min(kChunk<E>, tile.column_end - column);
       S* y = at<S>(a.y, row, column);
       S* derivative = at<S>(a.derivative, row, column);
       const ForwardChunk<E> chunk{coefficients_at<E>(a.function, column),
@@ -356,8 +359,8 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
     for (int64_t first = 0; first == 0 || first < a.tangents; first += kMaxTangentsAtOnce) {
       const int64_t last = std::min(first + kMaxTangentsAtOnce, a.tangents);
       norms.fill(0);
-      for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk) {
-        const int64_t n = std::min(kChunk, tile.column_end - column);
+      for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
+        const int64_t n = std::min(kChunk<E>, tile.column_end - column);
         S* y = at<S>(a.y, row, column);
         functions.value_and_norm({coefficients_at<E>(a.function, column), a.columns,
                                   read(at<S>(a.z, row, column), n, z_buffer), target(y, y_buffer), slope_buffer.data,
@@ -397,6 +400,7 @@ class ParameterSums {
     } else {
       std::fill_n(recent_, coefficients_ * kLanes<E>, E(0));
       std::fill_n(lanes_, coefficients_ * kLanes<E>, 0.0);
+      std::fill_n(lost_, coefficients_ * kLanes<E>, 0.0);
     }
     if (sums_.row_sq) {
       std::fill_n(recent_row_sq_, width_, E(0));
@@ -409,7 +413,7 @@ class ParameterSums {
 
   void end_chunk(int64_t n) {
     recent_elements_ += n;
-    if (!per_channel_ && recent_elements_ >= kChunk) flush_lanes();
+    if (!per_channel_ && recent_elements_ >= kChunk<E>) flush_lanes();
   }
 
   void end_row() {
@@ -431,7 +435,13 @@ class ParameterSums {
   double* total_of(int k) { return sums_.coefficients + k * columns_ + first_column_; }
 
   void flush_lanes() {
-    for (int64_t i = 0; i < coefficients_ * kLanes<E>; ++i) lanes_[i] += static_cast<double>(recent_[i]);
+    for (int64_t i = 0; i < coefficients_ * kLanes<E>; ++i) {
+      // Kahan's sum: there are many chunks, and for float64 data a double is no wider than what it adds.
+      const double term = static_cast<double>(recent_[i]) - lost_[i];
+      const double sum = lanes_[i] + term;
+      lost_[i] = (sum - lanes_[i]) - term;
+      lanes_[i] = sum;
+    }
     std::fill_n(recent_, coefficients_ * kLanes<E>, E(0));
     recent_elements_ = 0;
   }
@@ -460,6 +470,7 @@ class ParameterSums {
   int64_t recent_rows_ = 0;
   int64_t recent_elements_ = 0;
   alignas(64) double lanes_[(kMaxDegree + 1) * kLanes<E>];
+  alignas(64) double lost_[(kMaxDegree + 1) * kLanes<E>];
   alignas(64) E recent_[(kMaxDegree + 1) * kColumnsPerSum];
   alignas(64) E recent_row_sq_[kColumnsPerSum];
 };
@@ -474,8 +485,8 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
   Buffer<E> z_buffer, grad_y_buffer, grad_derivative_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     const E grad_norm = a.grad_norm ? static_cast<const E*>(a.grad_norm)[row] : E(0);
-    for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk) {
-      const int64_t n = std::min(kChunk, tile.column_end - column);
+    for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
+      const int64_t n = std::min(kChunk<E>, tile.column_end - column);
       const S* grad_y = at<S>(a.grad_y, row, column);
       const S* grad_derivative = at<S>(a.grad_derivative, row, column);
       S* grad_z = at<S>(a.grad_z, row, column);
@@ -521,8 +532,8 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
   Buffer<E> z_buffer, value_buffer, slope_buffer, z_dot_buffer, grad_y_dot_buffer, grad_z_dot_buffer;
   Buffer<E> grad_y_buffer, grad_slope_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
-    for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk) {
-      const int64_t n = std::min(kChunk, tile.column_end - column);
+    for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
+      const int64_t n = std::min(kChunk<E>, tile.column_end - column);
       const E* coefficients = coefficients_at<E>(a.function, column);
       const E* z = read(at<S>(a.z, row, column), n, z_buffer);
       functions.value_and_norm({coefficients, a.columns, z, value_buffer.data, slope_buffer.data, nullptr, n});
@@ -573,9 +584,10 @@ inline void tangent_backward(const TangentBackward& a, const Tile& tile, const G
 
 template <class E>
 void sum_slabs_into(const double* from, int64_t slabs, int64_t n, int64_t begin, int64_t end, E* to) {
-  double sums[kChunk];
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t count = std::min(kChunk, end - first);
+  constexpr int64_t kColumns = 512;
+  double sums[kColumns];
+  for (int64_t first = begin; first < end; first += kColumns) {
+    const int64_t count = std::min(kColumns, end - first);
     std::fill_n(sums, count, 0.0);
     for (int64_t slab = 0; slab < slabs; ++slab) {
       const double* row = from + slab * n + first;
