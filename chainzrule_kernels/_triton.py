@@ -6,6 +6,7 @@ thin functions that import the kernels when they first run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -32,6 +33,7 @@ _OPERATORS = {
 
 missing_because: str | None = None
 device_types = {"cuda"}
+_checked = False
 
 
 def load(module: str = "_dreg_triton") -> ModuleType:
@@ -46,6 +48,16 @@ def load(module: str = "_dreg_triton") -> ModuleType:
     except ImportError as error:
         missing_because = f"Triton is installed and does not load: {error}"
         raise RuntimeError(f"chainzrule_kernels: {missing_because}") from error
+
+
+def check() -> None:
+    """Import Triton, once, so that :data:`missing_because` is the truth."""
+    global _checked
+    if not _checked:
+        _checked = True
+        if missing_because is None:
+            with contextlib.suppress(RuntimeError):
+                load()
 
 
 def register(dispatch_key: str) -> None:

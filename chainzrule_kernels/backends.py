@@ -94,6 +94,8 @@ def _triton_missing(z: Tensor) -> str | None:
 
     if z.device.type not in _triton.device_types:
         return f"it serves CUDA tensors, and this one is on {z.device}"
+    if not torch.compiler.is_compiling():
+        _triton.check()
     return _triton.missing_because
 
 
