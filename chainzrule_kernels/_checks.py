@@ -19,8 +19,8 @@ def check_floating(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING_DTYPES:
         raise TypeError(f"{name}: expected dtype {_DTYPE_NAMES}, got {_dtype(value)}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
 
 
 def check_z(z: Any, name: str = "z") -> None:
@@ -79,6 +79,12 @@ def check_kind(kind: Any) -> None:
         raise TypeError(f"kind: expected a string, one of {', '.join(ACTIVATION_KINDS)}, got {type(kind).__name__}")
     if kind not in ACTIVATION_KINDS:
         raise ValueError(f"kind: expected one of {', '.join(ACTIVATION_KINDS)}, got {kind!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def check_linear(x: Any, weight: Any, bias: Any) -> None:

@@ -26,4 +26,7 @@ else:
             "the compiled CPU module is not installed (it is built where torch and a C++ compiler are found)"
         )
     except ImportError as error:
+        if os.environ.get("CHAINZRULE_KERNELS_INSTRUCTION_SET"):
+            # The instruction set that was asked for is not there: not a case for the reference path.
+            raise
         missing_because = f"the compiled CPU module is installed and does not load: {error}"

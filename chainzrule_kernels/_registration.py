@@ -55,7 +55,8 @@ class Operator:
         self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
         library.impl(self.name, self._autograd_kernel, "Autograd")
-        library.impl(self.name, _with_contiguous_outputs(definition), "CompositeExplicitAutograd")
+        self.definition_as_kernel = _with_contiguous_outputs(definition)
+        library.impl(self.name, self.definition_as_kernel, "CompositeExplicitAutograd")
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -72,10 +73,8 @@ class Operator:
 
     def _autograd_kernel(self, *inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"torch.ops.{NAMESPACE}.{self.name} cannot be called under a torch.func transform; call the public "
-                f"function of {NAMESPACE} instead"
-            )
+            # A torch.func transform inside a compiled function: PyTorch then differentiates the definition.
+            return self.definition_as_kernel(*inputs)
         return self.apply_eagerly(*inputs)
 
 
@@ -152,9 +151,9 @@ def _differentiable_functions(
             outputs = torch.vmap(definition, in_dims=in_dims)(*inputs)
             return outputs, 0 if single_output else (0,) * len(outputs)
 
-    for function in (Eager, Transformable):
-        function.__name__ = function.__qualname__ = overload._schema.name.split("::")[1]
-    return Eager, Transformable
+    # A class of the operator's name, which PyTorch shows as grad_fn.
+    name = overload._schema.name.split("::")[1]
+    return type(name, (Eager,), {}), type(name, (Transformable,), {})
 
 
 def _with_contiguous_outputs(definition: Definition) -> Definition:

@@ -36,8 +36,9 @@ def backend(name: str) -> Iterator[None]:
         ValueError: when there is no such backend.
         RuntimeError: from a call inside the block that the backend cannot serve, with the reason.
 
-    The choice is local to the thread. ``torch.compile`` and ``torch.export`` make it once, while they trace: enter the
-    block before the first call of the compiled function.
+    The choice is local to the thread. ``torch.compile`` and ``torch.export`` make it while they trace: enter the block
+    before the first call of the compiled function. The reference lays out its results as PyTorch does; every other
+    backend returns contiguous ones.
     """
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or auto, got {name!r}")
@@ -140,12 +141,12 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     from chainzrule_kernels.ops import PUBLIC_OPS
 
-    if op not in PUBLIC_OPS:
+    if not isinstance(op, str) or op not in PUBLIC_OPS:
         raise ValueError(f"op: expected one of {', '.join(PUBLIC_OPS)}, got {op!r}")
     public_op = PUBLIC_OPS[op]
     arguments = inspect.signature(public_op.function).bind(*args, **kwargs)
     arguments.apply_defaults()
-    public_op.check(*arguments.args)
+    public_op.check(*arguments.args, **arguments.kwargs)
     z = arguments.args[0]
     chosen = choose(op, z)
     reasons = {}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from chainzrule_kernels.functions.sums import sum_of_all, sum_over_leading
+
 MAX_DEGREE = 8
 
 
@@ -45,9 +47,9 @@ class Polynomial:
             if total is None:
                 components.append(torch.zeros_like(self.coeffs[k]))
             elif shared:
-                components.append(total.sum())
+                components.append(sum_of_all(total))
             else:
-                components.append(_sum_over_leading(total))
+                components.append(sum_over_leading(total))
         return torch.stack(components)
 
 
@@ -58,8 +60,3 @@ def _horner(coeffs: Sequence[Tensor], z: Tensor) -> Tensor:
     for coefficient in reversed(coeffs[:-1]):
         result = result * z + coefficient
     return result
-
-
-def _sum_over_leading(values: Tensor) -> Tensor:
-    """The sum over every dimension but the last."""
-    return values if values.dim() == 1 else values.flatten(0, -2).sum(0)

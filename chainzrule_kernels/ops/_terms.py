@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from chainzrule_kernels.functions.sums import sum_over_leading
+
 Term = Tensor | float | None
 
 
@@ -37,9 +39,7 @@ def over_channels(term: Tensor | None) -> Tensor | None:
 
 def over_batch(term: Tensor | None) -> Tensor | None:
     """The sum over every dimension but the last."""
-    if term is None:
-        return None
-    return term if term.dim() == 1 else term.flatten(0, -2).sum(0)
+    return None if term is None else sum_over_leading(term)
 
 
 def over_tangents(term: Tensor | None) -> Tensor | None:

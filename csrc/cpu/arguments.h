@@ -106,7 +106,7 @@ struct GradientSums {
 };
 
 // Rows that a backward sums in the compute type before it goes over to double.
-constexpr int64_t kRowsPerSum = 128;
+constexpr int64_t kRowsPerSum = 32;
 // Columns of a backward tile that keeps sums for each channel: small enough for them to stay in the first-level cache.
 constexpr int64_t kColumnsPerSum = 1024;
 

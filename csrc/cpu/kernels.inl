@@ -2,8 +2,8 @@
 //
 // Data goes through in chunks of at most 64 vectors of one row. A chunk is computed by a function that knows the scalar
 // function (polynomial of some degree, or activation) and works on float or double in memory; around it the drivers convert
-// half precision, walk over rows, and keep the sums. Sums run in a fixed order: over the lanes of a vector, then over a chunk
-// or over kRowsPerSum rows, then in double.
+// half precision, walk over rows, and keep the sums. Sums run in a fixed order: for each lane over 16 vectors, then over a
+// chunk; or for each channel over kRowsPerSum rows; then in double. Long chains of additions would lose more than PyTorch does.
 #pragma once
 
 #include <algorithm>
@@ -107,16 +107,20 @@ double forward_chunk(ForwardChunk<E> chunk) {
   using V = Vector<E>;
   const Function function(chunk.coefficients, chunk.columns);
   V squares{};
-  for_each_vector<E>(chunk.n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
-    decltype(auto) f = function.at(j, extent);
-    const Jet<V> jet = f.jet(load(chunk.z + j, extent));
-    store(chunk.y + j, jet.value, extent);
-    if constexpr (kNorm) {
-      if (chunk.derivative) store(chunk.derivative + j, jet.slope, extent);
-      V square = jet.slope * jet.slope;
-      if (chunk.row_sq) square = square * load(chunk.row_sq + j, extent);
-      squares += keep(square, extent);
-    }
+  for_each_block<E>(chunk.n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    V recent{};
+    for_each_vector<E>(begin, count, [&](int64_t j, auto extent) __attribute__((always_inline)) {
+      decltype(auto) f = function.at(j, extent);
+      const Jet<V> jet = f.jet(load(chunk.z + j, extent));
+      store(chunk.y + j, jet.value, extent);
+      if constexpr (kNorm) {
+        if (chunk.derivative) store(chunk.derivative + j, jet.slope, extent);
+        V square = jet.slope * jet.slope;
+        if (chunk.row_sq) square = square * load(chunk.row_sq + j, extent);
+        recent += keep(square, extent);
+      }
+    });
+    squares += recent;
   });
   return kNorm ? sum_of_lanes<E>(squares) : 0.0;
 }
@@ -127,51 +131,52 @@ void backward_chunk(BackwardChunk<E> chunk) {
   using V = Vector<E>;
   constexpr int kDegree = Function::kDegree;
   const Function function(chunk.coefficients, chunk.columns);
-  V shared_sums[kDegree + 1];
-  if constexpr (kDegree > 0 && !Function::kPerChannel) {
-    unrolled<kDegree + 1>([&](auto k) { shared_sums[k] = load(chunk.coefficient_sums + k * kLanes<E>, Whole{}); });
-  }
+  constexpr bool kShared = kDegree > 0 && !Function::kPerChannel;
   const V twice_grad_norm = broadcast(chunk.twice_grad_norm);
-  for_each_vector<E>(chunk.n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
-    decltype(auto) f = function.at(j, extent);
-    const V z = load(chunk.z + j, extent);
-    const Jet<V> jet = f.jet(z);
-    V g_y{};
-    V h{};
-    V grad_z{};
-    if constexpr (kValueGradient) {
-      g_y = load(chunk.grad_y + j, extent);
-      grad_z = g_y * jet.slope;
-    }
-    if constexpr (kSlopeGradient) {
-      if (chunk.grad_derivative) h = load(chunk.grad_derivative + j, extent);
-      if (chunk.has_grad_norm) {
-        V norm_part = twice_grad_norm * jet.slope;
-        if (chunk.row_sq) norm_part = norm_part * load(chunk.row_sq + j, extent);
-        h = chunk.grad_derivative ? h + norm_part : norm_part;
-        if (chunk.row_sq_sums) {
-          const V square = E(0.5) * twice_grad_norm * jet.slope * jet.slope;
-          store(chunk.row_sq_sums + j, load(chunk.row_sq_sums + j, extent) + square, extent);
-        }
+  for_each_block<E>(chunk.n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    V shared_sums[kDegree + 1] = {};
+    for_each_vector<E>(begin, count, [&](int64_t j, auto extent) __attribute__((always_inline)) {
+      decltype(auto) f = function.at(j, extent);
+      const V z = load(chunk.z + j, extent);
+      const Jet<V> jet = f.jet(z);
+      V g_y{};
+      V h{};
+      V grad_z{};
+      if constexpr (kValueGradient) {
+        g_y = load(chunk.grad_y + j, extent);
+        grad_z = g_y * jet.slope;
       }
-      h = keep(h, extent);
-      grad_z = kValueGradient ? grad_z + h * jet.curvature : h * jet.curvature;
-    }
-    if (chunk.grad_z) store(chunk.grad_z + j, grad_z, extent);
-    if constexpr (kDegree > 0) {
-      if constexpr (Function::kPerChannel) {
+      if constexpr (kSlopeGradient) {
+        if (chunk.grad_derivative) h = load(chunk.grad_derivative + j, extent);
+        if (chunk.has_grad_norm) {
+          V norm_part = twice_grad_norm * jet.slope;
+          if (chunk.row_sq) norm_part = norm_part * load(chunk.row_sq + j, extent);
+          h = chunk.grad_derivative ? h + norm_part : norm_part;
+          if (chunk.row_sq_sums) {
+            const V square = E(0.5) * twice_grad_norm * jet.slope * jet.slope;
+            store(chunk.row_sq_sums + j, load(chunk.row_sq_sums + j, extent) + square, extent);
+          }
+        }
+        h = keep(h, extent);
+        grad_z = kValueGradient ? grad_z + h * jet.curvature : h * jet.curvature;
+      }
+      if (chunk.grad_z) store(chunk.grad_z + j, grad_z, extent);
+      if constexpr (kShared) {
+        add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(z, g_y, h, shared_sums);
+      } else if constexpr (kDegree > 0) {
         V sums[kDegree + 1];
         unrolled<kDegree + 1>([&](auto k) { sums[k] = load(chunk.coefficient_sums + k * chunk.sums_stride + j, extent); });
         add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(z, g_y, h, sums);
         unrolled<kDegree + 1>([&](auto k) { store(chunk.coefficient_sums + k * chunk.sums_stride + j, sums[k], extent); });
-      } else {
-        add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(z, g_y, h, shared_sums);
       }
+    });
+    if constexpr (kShared) {
+      unrolled<kDegree + 1>([&](auto k) {
+        E* sum = chunk.coefficient_sums + k * kLanes<E>;
+        store(sum, load(sum, Whole{}) + shared_sums[k], Whole{});
+      });
     }
   });
-  if constexpr (kDegree > 0 && !Function::kPerChannel) {
-    unrolled<kDegree + 1>([&](auto k) { store(chunk.coefficient_sums + k * kLanes<E>, shared_sums[k], Whole{}); });
-  }
 }
 
 // ---- the choice of the chunk functions ------------------------------------------------------------------------------
@@ -340,10 +345,14 @@ void dreg_forward_tile(const DregForward& a, const Tile& tile, int64_t split) {
 template <class E>
 double push_tangent(const E* slope, const E* z_dot, E* y_dot, int64_t n) {
   Vector<E> squares{};
-  for_each_vector<E>(n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
-    const Vector<E> pushed = load(slope + j, extent) * load(z_dot + j, extent);
-    store(y_dot + j, pushed, extent);
-    squares += keep(pushed * pushed, extent);
+  for_each_block<E>(n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    Vector<E> recent{};
+    for_each_vector<E>(begin, count, [&](int64_t j, auto extent) __attribute__((always_inline)) {
+      const Vector<E> pushed = load(slope + j, extent) * load(z_dot + j, extent);
+      store(y_dot + j, pushed, extent);
+      recent += keep(pushed * pushed, extent);
+    });
+    squares += recent;
   });
   return sum_of_lanes<E>(squares);
 }
@@ -439,7 +448,8 @@ class ParameterSums {
       // Kahan's sum: there are many chunks, and for float64 data a double is no wider than what it adds.
       const double term = static_cast<double>(recent_[i]) - lost_[i];
       const double sum = lanes_[i] + term;
-      lost_[i] = (sum - lanes_[i]) - term;
+      const double lost = (sum - lanes_[i]) - term;
+      lost_[i] = lost == lost ? lost : 0.0;  // an infinite sum has lost nothing
       lanes_[i] = sum;
     }
     std::fill_n(recent_, coefficients_ * kLanes<E>, E(0));
@@ -508,7 +518,7 @@ template <class E>
 void pull_tangent(const E* slope, const E* z_dot, const E* grad_y_dot, const E* grad_norm, E* grad_z_dot, E* grad_slope,
                   int64_t n) {
   const Vector<E> twice = broadcast(grad_norm ? E(2) * *grad_norm : E(0));
-  for_each_vector<E>(n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
+  for_each_vector<E>(0, n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
     const Vector<E> f_1 = load(slope + j, extent);
     const Vector<E> tangent = load(z_dot + j, extent);
     Vector<E> u{};

@@ -169,6 +169,7 @@ class Parameters {
   Parameters() = default;
   Parameters(const OptionalTensor& tensor, ScalarType type) {
     if (!tensor) return;
+    data_type_of(*tensor);  // refuses what is not floating
     tensor_ = tensor->scalar_type() == type ? *tensor : torch::stable::to(*tensor, type);
     tensor_ = torch::stable::contiguous(*tensor_);
   }
@@ -392,6 +393,15 @@ struct Needs {
   bool z, companion, coefficients;
 };
 
+// What a backward returns when no gradient arrives.
+std::tuple<Tensor, Tensor, Tensor> zero_gradients(const Tensor& z, const OptionalTensor& companion,
+                                                  const OptionalTensor& coeffs, Needs needs) {
+  const auto zeros = [&](bool wanted, const OptionalTensor& like) {
+    return wanted ? torch::stable::new_zeros(*like, sizes_of(*like)) : nothing(z);
+  };
+  return {zeros(needs.z, z), zeros(needs.companion, companion), zeros(needs.coefficients, coeffs)};
+}
+
 // Gradients of z, row_sq and coeffs (empty where not wanted; coeffs is null for an activation).
 std::tuple<Tensor, Tensor, Tensor> dreg_backward(const Tensor& z, const OptionalTensor& row_sq, const Function& function,
                                                  const OptionalTensor& coeffs, const OptionalTensor& grad_y,
@@ -404,6 +414,8 @@ std::tuple<Tensor, Tensor, Tensor> dreg_backward(const Tensor& z, const Optional
   check_count("row_sq", row_sq, z.size(z.dim() - 1));
   const Rows z_rows(z), grad_y_rows(grad_y), grad_derivative_rows(grad_derivative);
   const Parameters row_sq_values(row_sq, compute_type_of(z)), grad_norm_values(grad_norm, compute_type_of(z));
+  STD_TORCH_CHECK(row_sq || !needs.companion, "chainzrule_kernels: there is no row_sq to take a gradient of");
+  if (!grad_y && !grad_norm && !grad_derivative) return zero_gradients(z, row_sq, coeffs, needs);
   const Tensor grad_z = needs.z ? empty_like_contiguous(z) : nothing(z);
   DregBackward a{};
   a.type = data_type_of(z);
@@ -479,6 +491,8 @@ std::tuple<Tensor, Tensor, Tensor> tangent_backward(const Tensor& z, const Tenso
   const Rows z_rows(z), grad_y_rows(grad_y);
   const TangentRows z_dot_rows(z_dot), grad_y_dot_rows(grad_y_dot);
   const Parameters grad_norm_values(grad_norm, compute_type_of(z));
+  const bool tangents_arrive = z_dot.size(0) > 0 && (grad_y_dot || grad_norm);
+  if (!grad_y && !tangents_arrive) return zero_gradients(z, z_dot, coeffs, needs);
   const Tensor grad_z = needs.z ? empty_like_contiguous(z) : nothing(z);
   const Tensor grad_z_dot = needs.companion ? empty_like_contiguous(z_dot) : nothing(z);
   TangentBackward a{};

@@ -111,12 +111,20 @@ CHAINZRULE_INLINE double sum_of_lanes(Vector<E> x) {
   return static_cast<double>(lanes[0]);
 }
 
-// Calls body(offset, Whole) for each whole vector of n elements and body(offset, Part) for what is left.
+// Calls body(offset, Whole) for each whole vector of the n elements from `begin`, and body(offset, Part) for what is left.
 template <class E, class Body>
-CHAINZRULE_INLINE void for_each_vector(int64_t n, const Body& body) {
-  int64_t j = 0;
-  for (; j + kLanes<E> <= n; j += kLanes<E>) body(j, Whole{});
-  if (j < n) body(j, Part{n - j});
+CHAINZRULE_INLINE void for_each_vector(int64_t begin, int64_t n, const Body& body) {
+  const int64_t end = begin + n;
+  int64_t j = begin;
+  for (; j + kLanes<E> <= end; j += kLanes<E>) body(j, Whole{});
+  if (j < end) body(j, Part{end - j});
+}
+
+// Calls body(begin, count) for each block of 16 vectors of n elements: what one sum of each lane may run over.
+template <class E, class Body>
+CHAINZRULE_INLINE void for_each_block(int64_t n, const Body& body) {
+  constexpr int64_t kBlock = 16 * kLanes<E>;
+  for (int64_t begin = 0; begin < n; begin += kBlock) body(begin, n - begin < kBlock ? n - begin : kBlock);
 }
 
 // ---- elementary functions of float vectors, within about one unit in the last place --------------------------------

@@ -46,18 +46,19 @@ def activation_dreg(
     Arithmetic is in float32 (float64 for float64 ``z``). Differentiable any number of times in ``z`` and ``row_sq``;
     only ``z`` is saved for the backward.
     """
-    check(z, kind, row_sq)
+    check(z, kind, row_sq, return_derivative=return_derivative)
     if backends.choose("activation_dreg", z) == "reference":
         return definition.activation_dreg(z, kind, row_sq, return_derivative=return_derivative)
     y, jac_sq, derivative = operators.forward(z, row_sq, kind, return_derivative)
     return (y, jac_sq, derivative) if return_derivative else (y, jac_sq)
 
 
-def check(z: Tensor, kind: str, row_sq: Tensor | None = None) -> None:
+def check(z: Tensor, kind: str, row_sq: Tensor | None = None, *, return_derivative: bool = False) -> None:
     """Raise for arguments that :func:`activation_dreg` cannot take."""
     _checks.check_z(z)
     _checks.check_kind(kind)
     _checks.check_row_sq(row_sq, z)
+    _checks.check_flag("return_derivative", return_derivative)
 
 
 def _operator_definition(z: Tensor, row_sq: Tensor | None, kind: str, return_derivative: bool) -> tuple[Tensor, ...]:

@@ -46,18 +46,19 @@ def polynomial_dreg(
     Coefficients and ``row_sq`` may have another dtype than ``z``; arithmetic is in float32 (float64 for float64 ``z``).
     Differentiable any number of times in ``z``, ``coeffs`` and ``row_sq``; only ``z`` is saved for the backward.
     """
-    check(z, coeffs, row_sq)
+    check(z, coeffs, row_sq, return_derivative=return_derivative)
     if backends.choose("polynomial_dreg", z) == "reference":
         return definition.polynomial_dreg(z, coeffs, row_sq, return_derivative=return_derivative)
     y, jac_sq, derivative = operators.forward(z, row_sq, coeffs, return_derivative)
     return (y, jac_sq, derivative) if return_derivative else (y, jac_sq)
 
 
-def check(z: Tensor, coeffs: Tensor, row_sq: Tensor | None = None) -> None:
+def check(z: Tensor, coeffs: Tensor, row_sq: Tensor | None = None, *, return_derivative: bool = False) -> None:
     """Raise for arguments that :func:`polynomial_dreg` cannot take."""
     _checks.check_z(z)
     _checks.check_coeffs(coeffs, z)
     _checks.check_row_sq(row_sq, z)
+    _checks.check_flag("return_derivative", return_derivative)
 
 
 def _operator_definition(
