@@ -24,9 +24,9 @@ def exponential(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        bounded = tl.where(x < -110.0, -110.0, x)
-        t = bounded * 1.4426950408889634
-        lost = tl.fma(bounded, 1.4426950216293335 + tl.zeros_like(x), -t) + bounded * 1.92596298909109e-08
+        in_range = tl.where(x < -110.0, -110.0, x)
+        t = in_range * 1.4426950408889634
+        lost = tl.fma(in_range, 1.4426950216293335 + tl.zeros_like(x), -t) + in_range * 1.92596298909109e-08
         return tl.exp2(t) * (1.0 + 0.6931471805599453 * lost)
 
 
@@ -88,13 +88,19 @@ def logistic(z):
 
 
 @triton.jit
-def tangent_hyperbolic(z):
-    """``tanh(z)`` with its first two derivatives."""
-    decay = exponential(-2.0 * tl.abs(z))
+def tangent_hyperbolic(z, decay):
+    """``tanh(z)`` with its first two derivatives; ``decay`` is ``exp(-2 |z|)``."""
     r = 1.0 / (1.0 + decay)
     value = hyperbolic_tangent(z, decay)
-    slope = 4.0 * decay * r * r
+    # Near 0 the difference loses nothing, and far out the product does not.
+    slope = tl.where(tl.abs(z) < 0.5, 1.0 - value * value, 4.0 * decay * r * r)
     return value, slope, -2.0 * value * slope
+
+
+@triton.jit
+def bounded(z):
+    """``z`` where a derivative still moves. Farther out it has reached its limit, and ``0 · inf`` would make it NaN."""
+    return tl.where(z > 1e3, 1e3, tl.where(z < -1e3, -1e3, z))
 
 
 @triton.jit
@@ -105,27 +111,33 @@ def activation(z, KIND: tl.constexpr):
         zero = tl.zeros_like(z)
         return tl.where(z < 0.0, zero, z), tl.where(z <= 0.0, zero, zero + 1.0), zero
     elif KIND == "gelu":
-        z_sq = z * z
-        density = 0.39894228040143267794 * exponential(-0.5 * z_sq)
-        probability = 0.5 + 0.5 * tl.erf(0.70710678118654752440 * z)
-        return z * probability, probability + z * density, density * (2.0 - z_sq)
+        x = bounded(z)
+        x_sq = x * x
+        density = 0.39894228040143267794 * exponential(-0.5 * x_sq)
+        probability = 0.5 + 0.5 * tl.erf(0.70710678118654752440 * x)
+        return z * probability, probability + x * density, density * (2.0 - x_sq)
     elif KIND == "gelu_tanh":
         scale: tl.constexpr = 0.79788456080286535588  # sqrt(2 / pi)
         cubic: tl.constexpr = 0.044715
-        z_sq = z * z
-        t, slope, curvature = tangent_hyperbolic(scale * (z + cubic * z_sq * z))
-        inner_1 = scale * (1.0 + 3.0 * cubic * z_sq)
-        inner_2 = 6.0 * scale * cubic * z
+        x = bounded(z)
+        x_sq = x * x
+        u = scale * (x + cubic * x_sq * x)
+        decay = exponential(-2.0 * tl.abs(u))
+        _, slope, curvature = tangent_hyperbolic(u, decay)
+        inner_1 = scale * (1.0 + 3.0 * cubic * x_sq)
+        inner_2 = 6.0 * scale * cubic * x
         t_1 = slope * inner_1
         t_2 = slope * inner_2 + curvature * inner_1 * inner_1
-        half_z = 0.5 * z
-        gate = 0.5 + 0.5 * t
-        return z * gate, gate + half_z * t_1, t_1 + half_z * t_2
+        half_x = 0.5 * x
+        # (1 + tanh(u)) / 2, which is the logistic function of 2 u.
+        gate = tl.where(u < 0.0, decay, 1.0) / (1.0 + decay)
+        return z * gate, gate + half_x * t_1, t_1 + half_x * t_2
     elif KIND == "silu":
-        s, s_1, s_2 = logistic(z)
-        return z * s, s + z * s_1, 2.0 * s_1 + z * s_2
+        x = bounded(z)
+        s, s_1, s_2 = logistic(x)
+        return z * s, s + x * s_1, 2.0 * s_1 + x * s_2
     elif KIND == "tanh":
-        return tangent_hyperbolic(z)
+        return tangent_hyperbolic(z, exponential(-2.0 * tl.abs(z)))
     elif KIND == "sigmoid":
         return logistic(z)
     elif KIND == "softplus":
@@ -144,7 +156,8 @@ def activation(z, KIND: tl.constexpr):
         s, s_1, s_2 = logistic(z)
         w_1 = one_minus_w_sq * s
         w_2 = one_minus_w_sq * (s_1 - 2.0 * w * s * s)
-        return z * w, w + z * w_1, 2.0 * w_1 + z * w_2
+        x = bounded(z)
+        return z * w, w + x * w_1, 2.0 * w_1 + x * w_2
 
 
 @triton.jit

@@ -222,6 +222,23 @@ def test_values_that_are_not_finite_stay_in_their_row(columns: int, value: float
     torch.testing.assert_close(actual[2].isfinite(), expected[2].isfinite())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ck.ACTIVATION_KINDS)
+def test_activations_far_out_and_near_zero(kind: str, dtype: torch.dtype) -> None:
+    far = [0.0, 1e-20, 1e-8, 1e-4, 0.3, 0.6, 0.7, 5.0, 15.0, 30.0, 31.0, 90.0, 200.0, 2e3, 1e10, 1e30, float("inf")]
+    z = torch.tensor([*far, *(-value for value in far), float("nan")], dtype=dtype).reshape(-1, 1)
+    ones = torch.ones_like(z)
+    expected = activation_dreg.forward.definition(z.double(), None, kind, True)
+    found = activation_dreg.forward(z, None, kind, True)
+    curvature = activation_dreg.backward(z, None, None, None, ones, kind, True, False)[0]
+    exact = activation_dreg.backward.definition(z.double(), None, None, None, ones.double(), kind, True, False)[0]
+    for one, other in zip((*found, curvature), (*expected, exact), strict=True):
+        # Relative to the larger of 1 and the value: what is far below 1 beside values around 1 is not resolved further.
+        # In float64 the definition, to which the kernel is compared, has rounding errors of its own.
+        tolerance = (4 if dtype == torch.float32 else 64) * torch.finfo(dtype).eps
+        torch.testing.assert_close(one, other.to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 def test_coefficients_that_are_not_finite_do_not_reach_sums_from_outside_of_the_data() -> None:
     for columns in (75, 37, 8):
         coeffs = torch.tensor([1.0, float("inf"), 0.0, 0.0])
