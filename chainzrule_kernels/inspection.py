@@ -156,13 +156,14 @@ def variants(itemsize: int, *, quick: bool = False) -> Iterator[Variant]:
         for tile in _some(_launch.tangent_tiles(itemsize), degree):
             yield Variant("tangent_forward_kernel", *shared, tile)
             yield Variant("tangent_forward_kernel", *per_channel, tile)
+        for tile in _some(_launch.tangent_backward_tiles(itemsize), degree):
             yield Variant("tangent_backward_kernel", *shared, tile)
         for tile in _some(channel_tiles, degree):
             yield Variant("tangent_backward_kernel", *per_channel, tile)
     if quick:
         return
     forward, backward = _launch.forward_tiles(itemsize)[1], _launch.backward_tiles(itemsize)[1]
-    channel, tangent = _launch.channel_tiles(itemsize, 0)[1], _launch.tangent_tiles(itemsize)[1]
+    channel, tangent = _launch.channel_tiles(itemsize, 0)[1], _launch.tangent_backward_tiles(itemsize)[1]
     yield Variant("dreg_forward_kernel", "polynomial", 3, False, forward)
     yield Variant("dreg_backward_kernel", "polynomial", 3, False, backward)
     for kind in ACTIVATION_KINDS:

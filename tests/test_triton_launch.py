@@ -50,7 +50,7 @@ PLANS: dict[str, tuple[Callable[[int, int, int], Plan], Callable[[int], list[Til
     "channel, degree 3": (lambda *shape: _launch.channel_plan(*shape, 3), lambda size: _launch.channel_tiles(size, 3)),
     "channel, degree 8": (lambda *shape: _launch.channel_plan(*shape, 8), lambda size: _launch.channel_tiles(size, 8)),
     "tangent": (_launch.tangent_plan, _launch.tangent_tiles),
-    "tangent backward": (lambda *shape: _launch.tangent_backward_plan(*shape, True), _launch.tangent_tiles),
+    "tangent backward": (lambda *shape: _launch.tangent_backward_plan(*shape, True), _launch.tangent_backward_tiles),
 }
 
 

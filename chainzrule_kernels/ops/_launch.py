@@ -289,6 +289,17 @@ def _tangent_tiles(vector: int) -> dict[str, Tile]:
     return _backward_tiles(vector, False)
 
 
+def _tangent_backward_tiles(vector: int) -> dict[str, Tile]:
+    # One vector for each thread: slope, curvature and the sum over the tangents are kept beside what is loaded.
+    if vector == 1:
+        return _tangent_tiles(1)
+    return {
+        "narrow": Tile(4 * vector, 32, vector),
+        "middle": Tile(vector // 2, 256, vector),
+        "wide": Tile(1, 128 * vector, vector),
+    }
+
+
 @lru_cache(maxsize=4096)
 def tangent_plan(rows: int, columns: int, itemsize: int) -> Plan:
     """For the tangent forward: one tile for each program, since the norms of all tangents have no room in registers.
@@ -306,10 +317,15 @@ def tangent_plan(rows: int, columns: int, itemsize: int) -> Plan:
 def tangent_backward_plan(rows: int, columns: int, itemsize: int, sums: bool) -> Plan:
     """For the tangent backward without anything that belongs to a channel; arguments as for :func:`backward_plan`."""
     vector = 1 if columns % (16 // itemsize) else 16 // itemsize
-    tile = _choose(_tangent_tiles(vector), rows, columns, PROGRAMS)
+    tile = _choose(_tangent_backward_tiles(vector), rows, columns, PROGRAMS)
     return _shared(rows, columns, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
 
 
 def tangent_tiles(itemsize: int) -> list[Tile]:
-    """Every tile that :func:`tangent_plan` and :func:`tangent_backward_plan` can choose."""
+    """Every tile that :func:`tangent_plan` can choose."""
     return [*_tangent_tiles(16 // itemsize).values(), *_tangent_tiles(1).values()]
+
+
+def tangent_backward_tiles(itemsize: int) -> list[Tile]:
+    """Every tile that :func:`tangent_backward_plan` can choose."""
+    return [*_tangent_backward_tiles(16 // itemsize).values(), *_tangent_backward_tiles(1).values()]

@@ -80,7 +80,7 @@ def _backward(
         tiles = _launch.channel_tiles(itemsize, degree)
     else:
         plan = _launch.tangent_backward_plan(rows, columns, itemsize, needs_coeffs)
-        tiles = _launch.tangent_tiles(itemsize)
+        tiles = _launch.tangent_backward_tiles(itemsize)
     coefficient_sums = None
     if needs_coeffs:
         shape = (plan.row_programs, degree + 1, columns) if per_channel else (plan.programs, degree + 1)
