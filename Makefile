@@ -13,11 +13,14 @@ INSTALLED   := $(VENV)/native-module-built
 SANITIZED   := build/sanitize
 CPP_SOURCES := $(wildcard csrc/*/*)
 
+# Tests that run on a GPU, and those of the code that launches there; not every combination of everything.
+GPU_TESTS   ?= cuda-triton or test_gpu or test_triton_launch
+
 # With a compiler a build that fails is an error; without one the package goes on in plain PyTorch and says so.
 REQUIRE_NATIVE := $(if $(shell command -v $${CXX:-c++}),1,0)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test bench gpu lint sanitize clean
 
 demo: $(INSTALLED)
 	$(IN_VENV) -m chainzrule_kernels validate
@@ -28,6 +31,14 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(IN_VENV) -m pytest -q bench $(if $(QUICK),--quick)
+
+# Everything on a GPU in one go, in under ten minutes; the short table comes last. Where PyTorch is installed already:
+# make gpu IN_VENV=python3 INSTALLED=
+gpu: $(INSTALLED)
+	$(IN_VENV) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: PyTorch sees no GPU')"
+	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m chainzrule_kernels validate --quick --device cuda --backend triton
+	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m pytest -q -n 8 tests -k '$(GPU_TESTS)'
+	$(IN_VENV) -m bench.gpu
 
 lint: $(DEPENDABLE)
 	$(IN_VENV) -m ruff check

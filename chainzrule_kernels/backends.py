@@ -79,6 +79,8 @@ def why_not(name: str, op: str, z: Tensor) -> str | None:
         if z.device.type != "cpu":
             return f"it serves CPU tensors, and this one is on {z.device}"
         return _native_cpu_missing()
+    if name == "triton":
+        return _triton_missing(z)
     return f"this version has no {name} kernel for {op}"
 
 
@@ -86,6 +88,16 @@ def _native_cpu_missing() -> str | None:
     from chainzrule_kernels import _native
 
     return _native.missing_because
+
+
+def _triton_missing(z: Tensor) -> str | None:
+    from chainzrule_kernels import _triton
+
+    if z.device.type not in _triton.device_types:
+        return f"it serves CUDA tensors, and this one is on {z.device}"
+    if not torch.compiler.is_compiling():
+        _triton.check()
+    return _triton.missing_because
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ FALLBACK = "operators-on-plain-pytorch"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # On a GPU a test calls many kernels, each with few shapes.
+    os.environ.setdefault("CHAINZRULE_KERNELS_COMPILE_AHEAD", "0")
     # Two test processes with two threads each on two cores would spend their time waiting for each other.
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)

@@ -96,7 +96,8 @@ def test_explain_gives_a_reason_for_every_other_backend(case: Case) -> None:
     assert explanation.op == case.op
     assert {explanation.backend, *explanation.reasons} == set(backends.BACKENDS)
     assert explanation.backend not in explanation.reasons
-    assert explanation.reasons["triton"] == f"this version has no triton kernel for {case.op}"
+    assert explanation.reasons["cuda"] == f"this version has no cuda kernel for {case.op}"
+    assert explanation.reasons["triton"] == "it serves CUDA tensors, and this one is on cpu"
     lines = str(explanation).splitlines()
     assert lines[0] == f"{case.op}: served by {explanation.backend}"
     assert len(lines) == len(backends.BACKENDS)

@@ -1,0 +1,515 @@
+"""The kernels on a GPU against the promises for one: ``python -m bench.gpu``, or ``make gpu`` for everything.
+
+Times are those of CUDA graphs: each graph holds one call for every set of inputs, with sets enough that three times
+the L2 cache lies between two uses of one, and is replayed until the median stands. Every provider shows first that
+its results are right. The whole is measured twice, one run after the other, and the larger difference of the two is
+printed as the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import chainzrule_kernels as ck
+from bench.record import versions
+
+REPLAYS = 20
+CALLS = 1000
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Largest difference from float64, relative to the largest value, that counts as the right answer."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An op on one shape.
+
+    Attributes:
+        op: the public function.
+        label: which arguments.
+        shape: of ``z``, or of ``x`` for a linear op.
+        dtype: of the data.
+        rest: from the shape to the other arguments, tensors in float64.
+        is_data: of these, whether it follows the data's dtype.
+        streams: tensors as large as ``z`` that a forward and a backward must move.
+        compare: the providers beside the fused kernels.
+    """
+
+    op: str
+    label: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    rest: Callable[[tuple[int, int]], Sequence[Any]]
+    is_data: tuple[bool, ...]
+    streams: tuple[int, int]
+    compare: tuple[str, ...] = ("copy", "eager", "compile", "compile cooperative")
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op}, {self.label}, {self.shape[0]}x{self.shape[1]} {dtype}"
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda")
+
+
+def _cubic(columns: int | None) -> Tensor:
+    return 0.3 * _normal(4) if columns is None else 0.3 * _normal(4, columns)
+
+
+MEBI = 1 << 20
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+
+WORKS = (
+    Work("polynomial_dreg", "shared", (65536, 1024), BFLOAT16, lambda s: [_cubic(None)], (False,), (2, 3)),
+    Work(
+        "polynomial_dreg",
+        "per channel, row_sq",
+        (65536, 1024),
+        BFLOAT16,
+        lambda s: [_cubic(s[1]), _normal(s[1]).square()],
+        (False, False),
+        (2, 3),
+    ),
+    Work("polynomial_dreg", "shared", (65536, 1024), FLOAT32, lambda s: [_cubic(None)], (False,), (2, 3)),
+    Work(
+        "polynomial_dreg", "odd width", (65536, 1023), BFLOAT16, lambda s: [_cubic(None)], (False,), (2, 3), ("copy",)
+    ),
+    Work(
+        "polynomial_dreg",
+        "few wide rows",
+        (16, 4 * MEBI),
+        BFLOAT16,
+        lambda s: [_cubic(None)],
+        (False,),
+        (2, 3),
+        ("copy",),
+    ),
+    Work(
+        "polynomial_dreg",
+        "many narrow rows",
+        (MEBI, 64),
+        BFLOAT16,
+        lambda s: [_cubic(None)],
+        (False,),
+        (2, 3),
+        ("copy",),
+    ),
+    Work(
+        "polynomial", "shared", (65536, 1024), BFLOAT16, lambda s: [_cubic(None)], (False,), (2, 3), ("copy", "eager")
+    ),
+    Work(
+        "activation_dreg", "gelu", (65536, 1024), BFLOAT16, lambda s: ["gelu"], (), (2, 3), ("copy", "eager", "compile")
+    ),
+    Work(
+        "polynomial_tangent",
+        "4 tangents",
+        (16384, 1024),
+        BFLOAT16,
+        lambda s: [_normal(4, *s), _cubic(None)],
+        (True, False),
+        (10, 15),
+        ("copy", "eager", "compile"),
+    ),
+    Work(
+        "linear_polynomial_dreg",
+        "4096 to 4096",
+        (16384, 4096),
+        BFLOAT16,
+        lambda s: [_normal(4096, s[1]) / s[1] ** 0.5, _normal(4096), _cubic(None)],
+        (True, True, False),
+        (0, 0),
+        ("F.linear",),
+    ),
+)
+
+
+@dataclass
+class Result:
+    """What was measured of a piece of work: seconds for each provider in each run, or why there are none."""
+
+    work: str
+    stage: str
+    bytes: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def median(self, provider: str) -> float | None:
+        """The mean of the runs' medians."""
+        return statistics.mean(self.seconds[provider]) if self.seconds.get(provider) else None
+
+    def ratio(self, numerator: str, denominator: str = "fused") -> float | None:
+        """The ratio of two times."""
+        a, b = self.median(numerator), self.median(denominator)
+        return None if a is None or b is None else a / b
+
+    @property
+    def spread(self) -> float | None:
+        """How far the runs of the fused kernels lie apart, as a fraction."""
+        runs = self.seconds.get("fused", [])
+        return (max(runs) - min(runs)) / min(runs) if len(runs) > 1 else None
+
+
+STAGES = ("forward", "backward", "both")
+
+
+def measure(work: Work, results: dict[tuple[str, str], Result]) -> None:
+    """One run of one piece of work, all stages and providers."""
+    torch.manual_seed(0)
+    sets = [_arguments(work) for _ in range(_sets_beyond_the_cache(work))]
+    functions = {"fused": getattr(ck, work.op), **_providers(work)}
+    for stage in STAGES:
+        moved = _bytes(work, stage)
+        result = results.setdefault((work.name, stage), Result(work.name, stage, moved))
+        if moved and "copy" in work.compare:
+            result.seconds.setdefault("copy", []).append(_copy_seconds(moved))
+        for name, function in functions.items():
+            try:
+                if stage == "forward":
+                    _check(work, function, sets[0], name)
+                result.seconds.setdefault(name, []).append(_graph_seconds(function, sets, stage))
+            except Exception as error:
+                result.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _arguments(work: Work) -> list[Any]:
+    z = _normal(*work.shape).to(work.dtype).requires_grad_()
+    rest: list[Any] = []
+    is_data = iter(work.is_data)
+    for value in work.rest(work.shape):
+        if isinstance(value, Tensor):
+            rest.append(value.to(work.dtype if next(is_data) else torch.float32).requires_grad_())
+        else:
+            rest.append(value)
+    return [z, *rest]
+
+
+def _providers(work: Work) -> dict[str, Callable[..., Any]]:
+    plain = getattr(ck.reference, work.op)
+    known: dict[str, Callable[[], Callable[..., Any]]] = {
+        "eager": lambda: plain,
+        "compile": lambda: torch.compile(plain, dynamic=False),
+        "compile cooperative": lambda: torch.compile(
+            plain, dynamic=False, options={"triton.cooperative_reductions": True}
+        ),
+        "F.linear": lambda: lambda x, weight, bias, coeffs: F.linear(x, weight, bias),
+    }
+    return {name: known[name]() for name in work.compare if name in known}
+
+
+def _bytes(work: Work, stage: str) -> int:
+    streams = {"forward": work.streams[0], "backward": work.streams[1], "both": sum(work.streams)}[stage]
+    return streams * work.shape[0] * work.shape[1] * work.dtype.itemsize
+
+
+def _sets_beyond_the_cache(work: Work) -> int:
+    size = work.shape[0] * work.shape[1] * work.dtype.itemsize * max(1, work.streams[0] // 2)
+    return max(2, 1 + -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size))
+
+
+def _gradients(results: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.randn(result.shape, device="cuda").to(result.dtype) for result in results]
+
+
+def _as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def _leaves(arguments: Sequence[Any]) -> list[Tensor]:
+    return [value for value in arguments if isinstance(value, Tensor)]
+
+
+def _check(work: Work, function: Callable[..., Any], arguments: Sequence[Any], name: str) -> None:
+    """Raise unless the first rows' results agree with float64."""
+    if name == "F.linear":
+        return
+    rows = 64
+    first = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+    doubles = [value.double() if isinstance(value, Tensor) else value for value in first]
+    doubles[0] = doubles[0][:rows]
+    if work.op.endswith("tangent"):
+        doubles[1] = doubles[1][:, :rows]
+    with torch.no_grad():
+        found = _as_tuple(function(*first))
+        exact = _as_tuple(getattr(ck.reference, work.op)(*doubles))
+    for index, (one, other) in enumerate(zip(found, exact, strict=True)):
+        per_tangent = work.op.endswith("tangent") and index > 0
+        part = one[:, :rows] if per_tangent else one[:rows]
+        error = (part.double() - other).abs().max() / other.abs().max()
+        if not error <= TOLERANCE[work.dtype]:
+            raise AssertionError(f"result {index} differs from float64 by {error:.2g} of its largest value")
+
+
+def _graph_seconds(function: Callable[..., Any], sets: Sequence[Sequence[Any]], stage: str) -> float:
+    """The median time of one call, from replays of a graph that calls once with every set."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        if stage == "forward":
+
+            def call(index: int) -> Any:
+                with torch.no_grad():
+                    return function(*sets[index])
+        else:
+            outputs = [_as_tuple(function(*arguments)) for arguments in sets]
+            gradients = [_gradients(results) for results in outputs]
+            if stage == "both":
+                del outputs
+
+                def call(index: int) -> Any:
+                    results = _as_tuple(function(*sets[index]))
+                    return torch.autograd.grad(results, _leaves(sets[index]), gradients[index], allow_unused=True)
+            else:
+
+                def call(index: int) -> Any:
+                    return torch.autograd.grad(
+                        outputs[index], _leaves(sets[index]), gradients[index], retain_graph=True, allow_unused=True
+                    )
+
+        for index in range(len(sets)):
+            call(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for index in range(len(sets)):
+            call(index)
+    return _replayed(graph) / len(sets)
+
+
+def _copy_seconds(moved: int) -> float:
+    """A copy that reads and writes this many bytes in all, beyond the cache like everything else."""
+    elements = moved // 2
+    count = max(2, 1 + -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // moved))
+    pairs = [
+        (
+            torch.ones(elements, dtype=torch.uint8, device="cuda"),
+            torch.empty(elements, dtype=torch.uint8, device="cuda"),
+        )
+        for _ in range(count)
+    ]
+    for source, target in pairs:
+        target.copy_(source)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for source, target in pairs:
+            target.copy_(source)
+    return _replayed(graph) / count
+
+
+def _replayed(graph: torch.cuda.CUDAGraph) -> float:
+    """The median time of a replay."""
+    times = []
+    for _ in range(REPLAYS + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times[3:])
+
+
+def call_overhead() -> dict[str, float]:
+    """Microseconds that the host spends on a call at 1 x 64, for F.gelu and the ops."""
+    z = _normal(1, 64)
+    coeffs = _cubic(None)
+    calls: dict[str, Callable[[], Any]] = {
+        "F.gelu": lambda: F.gelu(z),
+        "polynomial": lambda: ck.polynomial(z, coeffs),
+        "polynomial_dreg": lambda: ck.polynomial_dreg(z, coeffs),
+    }
+    overhead = {}
+    for name, call in calls.items():
+        rounds = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            rounds.append((time.perf_counter() - start) / CALLS * 1e6)
+            torch.cuda.synchronize()
+        overhead[name] = statistics.median(rounds)
+    return overhead
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that a forward and a backward of polynomial_dreg hold beyond the arguments."""
+    work = WORKS[0]
+    arguments = _arguments(work)
+    peaks = {}
+    for name, function in (("fused", ck.polynomial_dreg), ("eager", ck.reference.polynomial_dreg)):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = function(*arguments)
+        torch.autograd.grad([result.float().sum() for result in results], _leaves(arguments))
+        del results
+        torch.cuda.synchronize()
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+    return peaks
+
+
+Bound = tuple[str, str, float, float | None]
+
+
+def bounds(results: dict[tuple[str, str], Result], overhead: dict[str, float], peaks: dict[str, int]) -> list[Bound]:
+    """The promises: what, ``">="`` or ``"<="``, the limit, and what was measured."""
+    main, linear = WORKS[0].name, WORKS[-1].name
+
+    def ratio(work: str, stage: str, numerator: str, denominator: str = "fused") -> float | None:
+        result = results.get((work, stage))
+        return None if result is None else result.ratio(numerator, denominator)
+
+    return [
+        ("forward: a copy takes this part of its time", ">=", 0.97, ratio(main, "forward", "copy")),
+        ("backward, all gradients: a copy takes this part of its time", ">=", 0.95, ratio(main, "backward", "copy")),
+        ("forward + backward: faster than eager", ">=", 8.0, ratio(main, "both", "eager")),
+        ("forward + backward: faster than torch.compile", ">=", 1.5, ratio(main, "both", "compile")),
+        (
+            "the same with cooperative reductions",
+            ">=",
+            1.5,
+            ratio(main, "both", "compile cooperative"),
+        ),
+        ("linear_polynomial_dreg over F.linear", "<=", 1.05, ratio(linear, "forward", "fused", "F.linear")),
+        ("a call at 1x64 over F.gelu, in us", "<=", 10.0, overhead["polynomial_dreg"] - overhead["F.gelu"]),
+        ("peak memory over eager", "<=", 0.35, peaks["fused"] / peaks["eager"]),
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """The GPU and the software under it."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "system": platform.platform(),
+    }
+
+
+def _driver() -> str:
+    try:
+        finished = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return finished.stdout.split("\n")[0].strip()
+
+
+def as_json(
+    results: dict[tuple[str, str], Result], overhead: dict[str, float], peaks: dict[str, int], copied: float
+) -> dict[str, Any]:
+    """Everything about a run."""
+    import triton
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {**versions(), "triton": triton.__version__},
+        "copy_gigabytes_per_second": copied,
+        "bounds": [
+            {"what": what, "sense": sense, "limit": limit, "measured": measured}
+            for what, sense, limit, measured in bounds(results, overhead, peaks)
+        ],
+        "call_overhead_us": overhead,
+        "peak_bytes": peaks,
+        "results": [
+            {
+                **asdict(result),
+                "gigabytes_per_second": _rate(result),
+                "of_copy": result.ratio("copy"),
+                "spread": result.spread,
+            }
+            for result in results.values()
+        ],
+    }
+
+
+def _rate(result: Result) -> float | None:
+    seconds = result.median("fused")
+    return result.bytes / seconds / 1e9 if seconds and result.bytes else None
+
+
+def print_results(results: dict[tuple[str, str], Result], overhead: dict[str, float], peaks: dict[str, int]) -> None:
+    """What was measured, and a short table of the promises last."""
+    print(f"{'work':<66}{'stage':<10}{'us':>9}{'GB/s':>8}{'of copy':>9}{'spread':>8}  others, times the fused time")
+    for result in results.values():
+        seconds, rate, of_copy, spread = result.median("fused"), _rate(result), result.ratio("copy"), result.spread
+        others = [f"{name} {result.ratio(name):.2f}" for name in result.seconds if name not in ("fused", "copy")]
+        print(
+            f"{result.work:<66}{result.stage:<10}{_cell(seconds, 1e6, '.1f'):>9}{_cell(rate, 1, '.0f'):>8}"
+            f"{_cell(of_copy, 100, '.1f', '%'):>9}{_cell(spread, 100, '.1f', '%'):>8}  {', '.join(others)}"
+        )
+        for name, reason in result.failures.items():
+            print(f"    {name}: FAILED, no figure: {reason}")
+    print()
+    print(f"{'bound':<66}{'limit':>10}{'measured':>12}")
+    for what, sense, limit, measured in bounds(results, overhead, peaks):
+        met = measured is not None and (measured >= limit if sense == ">=" else measured <= limit)
+        verdict = "" if measured is None else "met" if met else "MISSED"
+        print(f"{what:<66}{f'{sense} {limit:g}':>10}{_cell(measured, 1, '.3g'):>12}  {verdict}")
+
+
+def _cell(value: float | None, factor: float, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value * factor:{form}}{unit}"
+
+
+def main() -> int:
+    """Measure everything twice, print it and write it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", default=str(Path(__file__).parent / "results"), help="where the JSON file goes")
+    parser.add_argument("--only", default="", help="only works whose name contains this; nothing is written")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench.gpu: PyTorch sees no GPU", file=sys.stderr)
+        return 2
+    results: dict[tuple[str, str], Result] = {}
+    for run in range(2):
+        for work in WORKS:
+            if arguments.only in work.name:
+                print(f"run {run + 1}: {work.name}", file=sys.stderr)
+                measure(work, results)
+                torch.cuda.empty_cache()
+    overhead, peaks = call_overhead(), peak_memory()
+    gibibyte = 1 << 30
+    copied = 2 * gibibyte / _copy_seconds(2 * gibibyte) / 1e9
+    if not arguments.only:
+        content = as_json(results, overhead, peaks, copied)
+        gpu = re.sub(r"[^a-z0-9]+", "-", content["machine"]["gpu"].lower()).strip("-")
+        path = Path(arguments.results) / f"{gpu}-{content['date'][:10]}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        print(f"written to {path}")
+    print_results(results, overhead, peaks)
+    return 1 if any(result.failures.get("fused") for result in results.values()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,120 @@
+"""From tensors to a launch: what the operators on the Triton kernels have in common."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from chainzrule_kernels.ops._launch import Plan, Tile
+
+_VECTOR_BYTES = 16
+_compiled: set[Any] = set()
+
+COMPILE_AHEAD = os.environ.get("CHAINZRULE_KERNELS_COMPILE_AHEAD", "1") not in ("", "0")
+"""Whether the first call of a kernel compiles it for all its tiles, or every tile is compiled when it is first needed.
+
+Ahead is for programs that run long with shapes that vary. A test suite, with a few calls of a thousand kernels, is
+better off without.
+"""
+
+
+def contiguous(tensor: Tensor | None) -> Any:
+    """The tensor, copied unless it lies row after row and begins where a 16-byte load may begin; None stays None.
+
+    So a kernel is compiled for one layout only.
+    """
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % _VECTOR_BYTES == 0 else tensor.clone()
+
+
+def per_sample(tensor: Tensor | None) -> tuple[Any, int]:
+    """One number for each row, and the distance between two of them.
+
+    The gradient of a mean over the batch is one number, expanded; it is used where it lies.
+    """
+    if tensor is None:
+        return None, 0
+    if tensor.numel() > 1 and not any(tensor.stride()):
+        return tensor, 0
+    return tensor.contiguous(), 1
+
+
+def rows_and_columns(tensor: Tensor) -> tuple[int, int]:
+    """``(..., N)`` with at least one element, as a matrix."""
+    columns = tensor.shape[-1]
+    return tensor.numel() // columns, columns
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Uninitialised, contiguous, of the same shape and dtype."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def nothing(tensor: Tensor) -> Tensor:
+    """A result that is not wanted."""
+    return tensor.new_empty(0)
+
+
+def added_up(sums: Tensor | None, parameter: Tensor | None) -> Tensor:
+    """The second stage: the programs' sums, added in a fixed order in float64, as the gradient of ``parameter``."""
+    assert parameter is not None
+    if sums is None:
+        return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    return sums.sum(0, dtype=torch.float64).to(parameter.dtype)
+
+
+def launch(
+    kernel: Any,
+    plan: Plan,
+    tiles: Sequence[Tile],
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    constants: dict[str, Any],
+) -> None:
+    """Run a kernel on the current stream of the first tensor's device.
+
+    Args:
+        kernel: the Triton function.
+        plan: how the call is cut.
+        tiles: every tile that another shape may ask for. The first call of a kernel with these dtypes and constants
+        compiles
+            it for all of them, so that no later shape compiles anything.
+        tensors: its first arguments; None for an absent one.
+        sizes: the integer arguments behind them.
+        constants: what is compiled in beside the tile.
+    """
+    device = tensors[0].device  # type: ignore[union-attr]
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, plan, tiles, tensors, sizes, constants)
+        return
+    key = (kernel, device, *(value if value is None else value.dtype for value in tensors), *constants.values())
+    if key not in _compiled and COMPILE_AHEAD:
+        compile_for(kernel, tiles, (*tensors, *sizes), constants)
+        _compiled.add(key)
+    kernel[(plan.programs,)](*tensors, *sizes, **constants, **of_tile(kernel, plan.tile))
+
+
+def compile_for(kernel: Any, tiles: Sequence[Tile], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+    """Compile a kernel for each of the tiles, without running it."""
+    if isinstance(kernel, triton.JITFunction):
+        for tile in tiles:
+            kernel.warmup(*arguments, **constants, **of_tile(kernel, tile), grid=(1,))
+
+
+def of_tile(kernel: Any, tile: Tile) -> dict[str, Any]:
+    """What a kernel is given of a tile, and how it is compiled."""
+    options = {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "VECTOR": tile.vector,
+        "SHIFTED": tile.shifted,
+        "UNROLL": tile.unroll,
+    }
+    taken = {name: value for name, value in options.items() if name in kernel.arg_names}
+    return {**taken, "num_warps": tile.warps, "enable_fp_fusion": True}

@@ -1,0 +1,315 @@
+r"""How the Triton kernels cut their work: the one place with launch parameters.
+
+A kernel sees its data as a matrix of ``rows`` samples by ``columns`` channels and works on tiles of it. There is no
+tuning at run time. A tile comes from the short tables below, and the number of programs from the shape alone, so that
+sums are added in an order that depends on nothing but the shape: the same input gives the same bits. What varies with
+the shape is an ordinary argument of the kernel; what is compiled in is the tile. A new shape therefore compiles
+nothing once the tiles of its kernel are compiled, and :func:`forward_tiles` and its sisters say which those are.
+
+Vectors
+    A thread moves 16 bytes at a time: ``vector = 16 / itemsize`` elements. Which of three ways applies depends on the
+    width of a row.
+
+    * *aligned*: ``columns`` is a multiple of ``vector``, so every row begins on a 16-byte boundary.
+    * *shifted*: it is not, but nothing depends on the channel (shared coefficients, no ``row_sq``), and a row is at
+    least
+      ``SHIFTED_COLUMNS`` wide. A row is then read from the boundary at or before its first element; the vector that two
+      rows share is read twice and written once. The last elements of the matrix, fewer than ``vector``, go one by one.
+    * *single*: neither. One element at a time, coalesced. This is what odd widths cost.
+
+Tiles
+    ``narrow`` for rows of at most ``NARROW_COLUMNS``, ``wide`` for few rows, ``middle`` for everything else. In a
+    forward every thread has four 16-byte loads in flight; in a backward two from each tensor, since it keeps sums in
+    registers.
+
+Programs
+    A forward that sums over the channels gives every program whole rows, unless there are too few to fill a GPU; then
+    it splits rows and a second stage adds the parts. A backward that sums over the samples gives every program a run
+    of rows and leaves one partial sum for each program, which a second stage adds. Both second stages are a
+    ``torch.sum`` over a small float32 buffer. ``PROGRAMS`` is a few programs for each multiprocessor of the largest
+    GPU at hand (132 on an H100 or H200, 304 on an MI300X).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+PROGRAMS = 2048
+NARROW_COLUMNS = 64
+WIDE_COLUMNS = 2048
+SHIFTED_COLUMNS = 65
+# Of a run of rows that leaves one sum for each channel: enough for the sums to be small beside the data.
+ROWS_PER_SUM = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What is compiled into a kernel.
+
+    Attributes:
+        rows: of the tile.
+        columns: of the tile.
+        vector: elements that a thread moves at once.
+        shifted: whether rows are read from the boundary before their first element.
+        unroll: tiles above one another that are loaded at once.
+        warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    vector: int
+    shifted: bool = False
+    unroll: int = 1
+    warps: int = 4
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        way = "shifted" if self.shifted else "aligned" if self.vector > 1 else "single"
+        return f"{self.rows}x{self.columns} {way}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is cut.
+
+    Attributes:
+        tile: what each program works on at a time.
+        steps_per_split: tiles side by side that one program goes through.
+        splits: programs side by side over the columns.
+        blocks_per_program: tiles above one another that one program goes through.
+        row_programs: programs above one another over the rows.
+    """
+
+    tile: Tile
+    steps_per_split: int
+    splits: int
+    blocks_per_program: int
+    row_programs: int
+
+    @property
+    def programs(self) -> int:
+        """How many programs run."""
+        return self.splits * self.row_programs
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _cut(rows: int, columns: int, tile: Tile, steps_per_split: int, blocks_per_program: int) -> Plan:
+    """The plan with about this much work for each program."""
+    steps = max(1, _ceil_div(columns + (tile.vector - 1 if tile.shifted else 0), tile.columns))
+    blocks = max(1, _ceil_div(rows, tile.rows))
+    steps_per_split = max(1, min(steps, steps_per_split))
+    blocks_per_program = max(1, min(blocks, blocks_per_program))
+    return Plan(
+        tile,
+        steps_per_split,
+        _ceil_div(steps, steps_per_split),
+        blocks_per_program,
+        _ceil_div(blocks, blocks_per_program),
+    )
+
+
+def _choose(tiles: dict[str, Tile], rows: int, columns: int, programs: int) -> Tile:
+    """By the width of a row, and by the number of rows where the tiles of many rows would leave a GPU idle."""
+    if columns <= NARROW_COLUMNS:
+        return tiles["narrow"]
+    middle = tiles["middle"]
+    if columns <= WIDE_COLUMNS and rows >= middle.rows * programs // 8:
+        return middle
+    return tiles["wide"]
+
+
+# ---- the forward of *_dreg -------------------------------------------------------------------------------------------
+
+
+def _forward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
+    # Four vectors for each thread, or eight elements where there are no vectors.
+    return {
+        "narrow": Tile(16 * vector, 32, vector) if vector > 1 else Tile(128, 8, vector),
+        "middle": Tile(2 * vector, 256, vector, shifted),
+        "wide": Tile(1, 512 * vector, vector, shifted),
+    }
+
+
+def _vector_and_shift(columns: int, itemsize: int) -> tuple[int, bool]:
+    vector = 16 // itemsize
+    if columns % vector == 0:
+        return vector, False
+    shifted = columns >= SHIFTED_COLUMNS
+    return vector if shifted else 1, shifted
+
+
+@lru_cache(maxsize=4096)
+def forward_plan(rows: int, columns: int, itemsize: int) -> Plan:
+    """For a pass with the same function for all channels that sums over the channels of each row.
+
+    Args:
+        rows: samples.
+        columns: channels.
+        itemsize: of an element, in bytes.
+    """
+    vector, shifted = _vector_and_shift(columns, itemsize)
+    tile = _choose(_forward_tiles(vector, shifted), rows, columns, PROGRAMS)
+    blocks = max(1, _ceil_div(rows, tile.rows))
+    # Whole rows for each program, if that makes programs enough.
+    parts = 1 if 4 * blocks >= PROGRAMS else _ceil_div(PROGRAMS, blocks)
+    steps = _ceil_div(columns + vector - 1, tile.columns)
+    return _cut(rows, columns, tile, _ceil_div(steps, parts), 1)
+
+
+def forward_tiles(itemsize: int) -> list[Tile]:
+    """Every tile that :func:`forward_plan` can choose."""
+    return _with_and_without_shift(_forward_tiles, itemsize)
+
+
+def _with_and_without_shift(tiles: Callable[[int, bool], dict[str, Tile]], itemsize: int) -> list[Tile]:
+    vector = 16 // itemsize
+    shifted = tiles(vector, True)
+    return [*tiles(vector, False).values(), tiles(1, False)["narrow"], shifted["middle"], shifted["wide"]]
+
+
+@lru_cache(maxsize=4096)
+def flat_plan(elements: int, itemsize: int) -> Plan:
+    """For a pass in which nothing depends on rows or channels: one row of all elements."""
+    (tile,) = flat_tiles(itemsize)
+    steps = _ceil_div(elements + tile.vector - 1, tile.columns)
+    return _cut(1, elements, tile, _ceil_div(steps, 16 * PROGRAMS), 1)
+
+
+def flat_tiles(itemsize: int) -> list[Tile]:
+    """The tile of :func:`flat_plan`."""
+    vector = 16 // itemsize
+    return [Tile(1, 512 * vector, vector, shifted=True)]
+
+
+# ---- the backward of *_dreg and *_tangent ----------------------------------------------------------------------------
+
+
+def _backward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
+    """Sums over everything, or none."""
+    # Two vectors for each thread, or four elements.
+    return {
+        "narrow": Tile(8 * vector, 32, vector) if vector > 1 else Tile(64, 8, vector),
+        "middle": Tile(vector, 256, vector, shifted),
+        "wide": Tile(1, 256 * vector, vector, shifted),
+    }
+
+
+@lru_cache(maxsize=4096)
+def backward_plan(rows: int, columns: int, itemsize: int, sums: bool) -> Plan:
+    """For a backward without anything that belongs to a channel.
+
+    Args:
+        rows: samples.
+        columns: channels.
+        itemsize: of an element, in bytes.
+        sums: whether every program leaves a sum for each coefficient.
+    """
+    vector, shifted = _vector_and_shift(columns, itemsize)
+    tile = _choose(_backward_tiles(vector, shifted), rows, columns, PROGRAMS)
+    return _shared(rows, columns, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
+
+
+def _shared(rows: int, columns: int, tile: Tile, programs: int) -> Plan:
+    """About ``programs`` programs of equal work: runs of rows, or parts of rows where there are few."""
+    blocks = max(1, _ceil_div(rows, tile.rows))
+    steps = max(1, _ceil_div(columns + tile.vector - 1, tile.columns))
+    if blocks >= programs:
+        return _cut(rows, columns, tile, steps, _ceil_div(blocks, programs))
+    return _cut(rows, columns, tile, _ceil_div(steps * blocks, programs), 1)
+
+
+def backward_tiles(itemsize: int) -> list[Tile]:
+    """Every tile that :func:`backward_plan` can choose."""
+    return _with_and_without_shift(_backward_tiles, itemsize)
+
+
+@lru_cache(maxsize=4096)
+def flat_backward_plan(elements: int, itemsize: int, sums: bool) -> Plan:
+    """For a backward in which nothing depends on rows or channels."""
+    (tile,) = flat_backward_tiles(itemsize)
+    return _shared(1, elements, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
+
+
+def flat_backward_tiles(itemsize: int) -> list[Tile]:
+    """The tile of :func:`flat_backward_plan`."""
+    vector = 16 // itemsize
+    return [Tile(1, 256 * vector, vector, shifted=True)]
+
+
+# ---- coefficients, weights or sums for each channel: the forward of *_dreg, and the backward of both -----------------
+
+
+def _channel_tiles(vector: int, itemsize: int, degree: int) -> dict[str, Tile]:
+    # One vector for each thread, so that what belongs to a channel is in registers once: a warp for every row, or
+    # several narrow rows for every warp. What a tile lacks in loads in flight, unrolling makes up for.
+    whole = 16 // itemsize
+    unroll = 4 if degree <= 4 else 2
+    return {
+        "narrow": Tile(4 * whole, 32, vector, unroll=unroll) if vector > 1 else Tile(32, 8, vector, unroll=unroll),
+        "middle": Tile(4, 32 * whole if vector > 1 else 64, vector, unroll=unroll),
+    }
+
+
+@lru_cache(maxsize=4096)
+def channel_plan(rows: int, columns: int, itemsize: int, degree: int) -> Plan:
+    """For coefficients, weights or sums for each channel: programs own columns and runs of rows.
+
+    Args:
+        rows: samples.
+        columns: channels.
+        itemsize: of an element, in bytes.
+        degree: of the polynomial; 0 for an activation.
+    """
+    vector = 1 if columns % (16 // itemsize) else 16 // itemsize
+    tiles = _channel_tiles(vector, itemsize, degree)
+    tile = tiles["narrow"] if columns <= NARROW_COLUMNS else tiles["middle"]
+    blocks = max(1, _ceil_div(rows, tile.rows))
+    steps = max(1, _ceil_div(columns, tile.columns))
+    run = max(_ceil_div(ROWS_PER_SUM, tile.rows), _ceil_div(blocks * steps, PROGRAMS))
+    return _cut(rows, columns, tile, 1, _ceil_div(run, tile.unroll) * tile.unroll)
+
+
+def channel_tiles(itemsize: int, degree: int) -> list[Tile]:
+    """Every tile that :func:`channel_plan` can choose."""
+    return [tile for vector in (16 // itemsize, 1) for tile in _channel_tiles(vector, itemsize, degree).values()]
+
+
+# ---- the forward of *_tangent ----------------------------------------------------------------------------------------
+
+
+def _tangent_tiles(vector: int) -> dict[str, Tile]:
+    if vector == 1:
+        return {"narrow": Tile(64, 8, 1), "middle": Tile(4, 64, 1), "wide": Tile(1, 512, 1)}
+    return _backward_tiles(vector, False)
+
+
+@lru_cache(maxsize=4096)
+def tangent_plan(rows: int, columns: int, itemsize: int) -> Plan:
+    """For the tangent forward: one tile for each program, since the norms of all tangents have no room in registers.
+
+    Args:
+        rows: samples.
+        columns: channels.
+        itemsize: of an element, in bytes.
+    """
+    vector = 1 if columns % (16 // itemsize) else 16 // itemsize
+    return _cut(rows, columns, _choose(_tangent_tiles(vector), rows, columns, PROGRAMS), 1, 1)
+
+
+@lru_cache(maxsize=4096)
+def tangent_backward_plan(rows: int, columns: int, itemsize: int, sums: bool) -> Plan:
+    """For the tangent backward without anything that belongs to a channel; arguments as for :func:`backward_plan`."""
+    vector = 1 if columns % (16 // itemsize) else 16 // itemsize
+    tile = _choose(_tangent_tiles(vector), rows, columns, PROGRAMS)
+    return _shared(rows, columns, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
+
+
+def tangent_tiles(itemsize: int) -> list[Tile]:
+    """Every tile that :func:`tangent_plan` and :func:`tangent_backward_plan` can choose."""
+    return [*_tangent_tiles(16 // itemsize).values(), *_tangent_tiles(1).values()]

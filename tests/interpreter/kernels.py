@@ -1,0 +1,277 @@
+"""Every Triton kernel against the definition, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import chainzrule_kernels as ck
+from chainzrule_kernels.ops import _call_triton, _dreg_triton, _launch, _tangent_triton
+from chainzrule_kernels.ops.activation_dreg.op import operators as activation_dreg
+from chainzrule_kernels.ops.polynomial_dreg.op import operators as polynomial_dreg
+from chainzrule_kernels.ops.polynomial_tangent.op import operators as polynomial_tangent
+from chainzrule_kernels.testing import CASES, LAYOUTS, Case, Layout, measure
+from chainzrule_kernels.testing.layouts import contiguous
+
+# The linear ops add nothing but PyTorch's matrix product.
+OWN = [case for case in CASES if not case.op.startswith("linear_")]
+REPRESENTATIVE = [case for case in OWN if case.representative]
+BY_NAME = {case.name: case for case in CASES}
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(case: Case, layout: Layout, dtype: torch.dtype) -> None:
+    """Results and gradients within the allowance; a coefficient's gradient within twice the allowance.
+
+    The interpreter neither fuses multiplications with additions nor adds a tile's elements in a tree, as a GPU does,
+    and the gradient of a coefficient is one sum over everything.
+    """
+    for accuracy in measure(case, layout, dtype, parameter_dtype(dtype), ["triton"])["triton"]:
+        assert accuracy.used <= (2 if accuracy.quantity == "d coeffs" else 1), accuracy
+
+
+@pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
+def test_every_case_in_float32(case: Case) -> None:
+    check(case, Layout("small", (2, 3, 37), contiguous), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=lambda case: case.name)
+def test_every_dtype(case: Case, dtype: torch.dtype) -> None:
+    check(case, Layout("small", (3, 40), contiguous), dtype)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [layout for layout in LAYOUTS if layout.name not in ("contiguous", "many rows", "long rows")],
+    ids=lambda layout: layout.name,
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "polynomial[degree 3, shared]",
+        "polynomial_dreg[degree 3, per channel, row_sq]",
+        "activation_dreg[gelu]",
+        "polynomial_tangent[degree 3, per channel]",
+    ],
+)
+def test_layouts(name: str, layout: Layout) -> None:
+    check(BY_NAME[name], layout, torch.float32)
+
+
+# ---- every tile ------------------------------------------------------------------------------------------------------
+
+SEEN: dict[str, set[_launch.Tile]] = {}
+
+# For four elements to a vector: narrow, middle and wide tiles; rows that are a whole number of vectors or not; several
+# blocks of rows, several steps to a row; and a matrix that ends within a vector, and one that does not.
+SHAPES = [
+    (70, 40),
+    (70, 37),
+    (33, 64),
+    (300, 3),
+    (20, 72),
+    (21, 75),
+    (9, 323),
+    (40, 300),
+    (3, 2304),
+    (3, 4099),
+    (2, 5001),
+]
+# Where the channels differ there are no wide tiles, and a program for every few channels.
+NO_WIDE_TILES = ("polynomial_dreg[degree 3, shared, row_sq]", "polynomial_dreg[degree 3, per channel]")
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps in SEEN which kernel ran with which tile."""
+
+    def launch(kernel: Any, plan: _launch.Plan, *arguments: Any) -> None:
+        SEEN.setdefault(kernel.__name__, set()).add(plan.tile)
+        _call_triton.launch(kernel, plan, *arguments)
+
+    monkeypatch.setattr(_dreg_triton, "launch", launch)
+    monkeypatch.setattr(_tangent_triton, "launch", launch)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "polynomial[degree 3, shared]",
+        "polynomial_dreg[degree 3, shared]",
+        "polynomial_dreg[degree 3, shared, row_sq]",
+        "polynomial_dreg[degree 3, per channel]",
+        "polynomial_tangent[degree 3, shared]",
+        "polynomial_tangent[degree 3, per channel]",
+    ],
+)
+def test_every_tile(name: str, shape: tuple[int, ...]) -> None:
+    if name in NO_WIDE_TILES and shape[1] > 1000:
+        shape = (shape[0], shape[1] % 100)
+    check(BY_NAME[name], Layout("tile", shape, contiguous), torch.float32)
+
+
+def test_all_tiles_were_seen() -> None:
+    channel = set(_launch.channel_tiles(4, 3))
+    tangent = set(_launch.tangent_tiles(4))
+    expected = {
+        "dreg_forward_kernel": {*_launch.forward_tiles(4), *_launch.flat_tiles(4)},
+        "dreg_backward_kernel": {*_launch.backward_tiles(4), *_launch.flat_backward_tiles(4)},
+        "dreg_channel_forward_kernel": channel,
+        "dreg_channel_backward_kernel": channel,
+        "tangent_forward_kernel": tangent,
+        "tangent_backward_kernel": tangent | channel,
+    }
+    assert expected == SEEN
+
+
+@pytest.mark.parametrize("shape", [(21, 75), (3, 4099), (5, 37), (4, 72)], ids=str)
+def test_nothing_is_written_beyond_an_output(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded: list[Tensor] = []
+
+    def between_guards(like: Tensor) -> Tensor:
+        buffer = torch.full((like.numel() + 64,), 7.25, dtype=like.dtype)
+        guarded.append(buffer)
+        return buffer[32:-32].view(like.shape)
+
+    monkeypatch.setattr(_dreg_triton, "empty_like", between_guards)
+    z, coeffs = torch.randn(shape), torch.randn(4)
+    results = polynomial_dreg.forward(z, None, coeffs, True)
+    torch.testing.assert_close(results[0], ck.reference.polynomial(z, coeffs))
+    polynomial_dreg.backward(z, None, coeffs, z, torch.ones(shape[0]), None, True, False, True)
+    assert len(guarded) == 3
+    for buffer in guarded:
+        assert (buffer[:32] == 7.25).all()
+        assert (buffer[-32:] == 7.25).all()
+        assert (buffer[32:-32] != 7.25).all()
+
+
+# ---- gradients that did not arrive, results that are not wanted ------------------------------------------------------
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Differences then come from mistakes, not from rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("form", ["shared", "per channel", "activation"])
+@pytest.mark.usefixtures("in_float64")
+def test_absent_gradients_and_unwanted_results(form: str, present: tuple[bool, ...]) -> None:
+    z, row_sq = torch.randn(5, 8), torch.rand(8)
+    grads = [torch.randn(5, 8), torch.randn(5), torch.randn(5, 8)]
+    arrived = [grad if here else None for grad, here in zip(grads, present, strict=True)]
+    for needs in itertools.product((False, True), repeat=3):
+        for weight in (row_sq, None):
+            if needs[1] and weight is None:
+                continue
+            if form == "activation":
+                operator, inputs = activation_dreg.backward, (z, weight, *arrived, "gelu", *needs[:2])
+            else:
+                coeffs = torch.randn(4) if form == "shared" else torch.randn(4, 8)
+                operator, inputs = polynomial_dreg.backward, (z, weight, coeffs, *arrived, *needs)
+            torch.testing.assert_close(operator(*inputs), operator.definition(*inputs))
+
+
+@pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("tangents", [0, 2])
+@pytest.mark.usefixtures("in_float64")
+def test_absent_gradients_of_tangents(tangents: int, present: tuple[bool, ...]) -> None:
+    z, z_dot = torch.randn(5, 8), torch.randn(tangents, 5, 8)
+    grads = [torch.randn(5, 8), torch.randn(tangents, 5, 8), torch.randn(tangents, 5)]
+    arrived = [grad if here else None for grad, here in zip(grads, present, strict=True)]
+    for coeffs in (torch.randn(4), torch.randn(4, 8)):
+        for needs in itertools.product((False, True), repeat=3):
+            inputs = (z, z_dot, coeffs, *arrived, *needs)
+            operator = polynomial_tangent.backward
+            torch.testing.assert_close(operator(*inputs), operator.definition(*inputs))
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_the_gradient_of_a_mean_is_used_where_it_lies() -> None:
+    z, coeffs = torch.randn(40, 300), torch.randn(4)
+    inputs = (z, None, coeffs, None, torch.tensor(0.5).expand(40), None, True, False, True)
+    torch.testing.assert_close(polynomial_dreg.backward(*inputs), polynomial_dreg.backward.definition(*inputs))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("columns", [75, 37, 8])
+@pytest.mark.usefixtures("in_float64")
+def test_values_that_are_not_finite_stay_in_their_row(columns: int, value: float) -> None:
+    z = torch.randn(6, columns)
+    z[2, -1] = z[4, 0] = value
+    coeffs = torch.randn(4)
+    results = polynomial_dreg.forward(z, None, coeffs, True)
+    torch.testing.assert_close(results, polynomial_dreg.forward.definition(z, None, coeffs, True), equal_nan=True)
+    inputs = (z, None, coeffs, torch.randn(6, columns), torch.randn(6), None, True, False, True)
+    actual, expected = polynomial_dreg.backward(*inputs), polynomial_dreg.backward.definition(*inputs)
+    torch.testing.assert_close(actual[0], expected[0], equal_nan=True)
+    torch.testing.assert_close(actual[2].isfinite(), expected[2].isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ck.ACTIVATION_KINDS)
+def test_activations_far_out_and_near_zero(kind: str, dtype: torch.dtype) -> None:
+    far = [0.0, 1e-20, 1e-8, 1e-4, 0.3, 0.6, 0.7, 5.0, 15.0, 30.0, 31.0, 90.0, 200.0, 2e3, 1e10, 1e30, float("inf")]
+    z = torch.tensor([*far, *(-value for value in far), float("nan")], dtype=dtype).reshape(-1, 1)
+    ones = torch.ones_like(z)
+    expected = activation_dreg.forward.definition(z.double(), None, kind, True)
+    found = activation_dreg.forward(z, None, kind, True)
+    curvature = activation_dreg.backward(z, None, None, None, ones, kind, True, False)[0]
+    exact = activation_dreg.backward.definition(z.double(), None, None, None, ones.double(), kind, True, False)[0]
+    for one, other in zip((*found, curvature), (*expected, exact), strict=True):
+        # Relative to the larger of 1 and the value: what is far below 1 beside values around 1 is not resolved further.
+        # In float64 the definition, to which the kernel is compared, has rounding errors of its own.
+        tolerance = (4 if dtype == torch.float32 else 64) * torch.finfo(dtype).eps
+        torch.testing.assert_close(one, other.to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_coefficients_that_are_not_finite_do_not_reach_sums_from_outside_of_the_data() -> None:
+    for columns in (75, 37, 8):
+        coeffs = torch.tensor([1.0, float("inf"), 0.0, 0.0])
+        z = torch.ones(3, columns)
+        inputs = (z, None, coeffs, z, None, None, True, False, True)
+        torch.testing.assert_close(
+            polynomial_dreg.backward(*inputs), polynomial_dreg.backward.definition(*inputs), equal_nan=True
+        )
+
+
+# ---- through autograd ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_gradcheck_and_gradgradcheck(per_channel: bool) -> None:
+    z = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    coeffs = torch.randn((4, 2) if per_channel else (4,), dtype=torch.float64, requires_grad=True)
+    row_sq = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    z_dot = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def dreg(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return ck.polynomial_dreg(*inputs, return_derivative=True)
+
+    assert torch.autograd.gradcheck(dreg, (z, coeffs, row_sq), fast_mode=True)
+    assert torch.autograd.gradgradcheck(dreg, (z, coeffs, row_sq), fast_mode=True)
+    assert torch.autograd.gradcheck(ck.polynomial_tangent, (z, z_dot, coeffs), fast_mode=True)
+    assert torch.autograd.gradgradcheck(ck.polynomial_tangent, (z, z_dot, coeffs), fast_mode=True)
+
+
+def test_the_same_bits_again() -> None:
+    z, coeffs, row_sq = torch.randn(40, 72), torch.randn(4, 72), torch.rand(72)
+    inputs = (z, row_sq, coeffs, torch.randn(40, 72), torch.randn(40), None, True, True, True)
+    first = [*polynomial_dreg.forward(z, row_sq, coeffs, True), *polynomial_dreg.backward(*inputs)]
+    again = [*polynomial_dreg.forward(z, row_sq, coeffs, True), *polynomial_dreg.backward(*inputs)]
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,176 @@
+"""What only a GPU can show: more elements than 32 bits count, CUDA graphs, a second device, memory errors.
+
+Everything else that is tested on CPU tensors is tested on CUDA tensors by the same tests (conftest.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from shared import FULLEST, assert_bitwise, assert_same, differentiate, each, is_linear
+
+import chainzrule_kernels as ck
+from chainzrule_kernels.ops.polynomial_dreg.op import operators as polynomial_dreg
+from chainzrule_kernels.testing.cases import Case
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: PyTorch sees no CUDA or ROCm device")
+OWN = [case for case in FULLEST if not is_linear(case)]
+
+
+def needs_gigabytes(gigabytes: float) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < gigabytes * 1e9:
+        pytest.skip(f"{gigabytes} GB of GPU memory are needed and {free / 1e9:.1f} GB are free")
+
+
+@each(FULLEST)
+def test_auto_prefers_triton(case: Case) -> None:
+    tensors = case.arguments((4, 8), device="cuda")
+    assert ck.explain(case.op, **tensors, **case.constants).backend == "triton"
+
+
+# ---- R8: more than 2³¹ elements ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [4096, 1 << 20, 8, 4097], ids=str)
+def test_r08_more_than_two_to_the_31_elements(columns: int) -> None:
+    rows = (1 << 31) // columns + 3
+    needs_gigabytes(4 * 2 * rows * columns / 1e9 + 4)
+    coeffs = torch.tensor([0.5, 1.0, -0.25, 0.125], device="cuda")
+    z = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
+    for block in z.split(max(1, (1 << 27) // columns)):
+        block.normal_()
+    y, jac_sq, _ = polynomial_dreg.forward(z, None, coeffs, False)
+    dz, _, dcoeffs = polynomial_dreg.backward(z, None, coeffs, z, torch.ones_like(jac_sq), None, True, False, True)
+    # The first and the last rows alone; and the sum of the first coefficient's gradient, which is that of z.
+    for part in (slice(0, 2), slice(rows - 2, rows)):
+        alone = polynomial_dreg.forward.definition(z[part], None, coeffs, False)
+        assert_same([y[part], jac_sq[part]], alone[:2], rtol=2e-2, atol=1e-2)
+        arguments = (z[part], None, coeffs, z[part], torch.ones(2, device="cuda"), None, True, False, True)
+        assert_same([dz[part]], polynomial_dreg.backward.definition(*arguments)[:1], rtol=2e-2, atol=1e-2)
+    blocks = z.split(max(1, (1 << 27) // columns))
+    total = sum(block.sum(dtype=torch.float64) for block in blocks)
+    magnitude = sum(block.abs().sum(dtype=torch.float64) for block in blocks)
+    assert abs(dcoeffs[0].double() - total) <= 1e-6 * magnitude
+
+
+# ---- R9: the current stream, and CUDA graphs -------------------------------------------------------------------------
+
+
+@each(OWN)
+def test_r09_runs_on_the_current_stream(case: Case) -> None:
+    tensors = case.arguments((64, 256), device="cuda")
+    expected = differentiate(case, tensors)
+    stream = torch.cuda.Stream()
+    fresh = {name: torch.full_like(value, float("nan")) for name, value in tensors.items()}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        # The data arrive late: a kernel on another stream would see NaN.
+        torch.cuda._sleep(50_000_000)
+        for name, value in tensors.items():
+            fresh[name].copy_(value)
+        found = differentiate(case, fresh)
+    torch.cuda.synchronize()
+    assert_bitwise(found, expected)
+
+
+@each(OWN)
+def test_r09_cuda_graph(case: Case) -> None:
+    tensors = case.arguments((64, 256), device="cuda")
+    other = case.arguments((64, 256), device="cuda", seed=1)
+    gradients = [torch.randn(result.shape, device="cuda").to(result) for result in case(tensors)]
+    differentiate(case, tensors, gradients)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        differentiate(case, tensors, gradients)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = differentiate(case, tensors, gradients)
+    for name, value in tensors.items():
+        value.copy_(other[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_bitwise(captured, differentiate(case, other, gradients))
+
+
+# ---- R10: a device that is not the current one -----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a second GPU is needed")
+@each(OWN)
+def test_r10_second_device(case: Case) -> None:
+    first = case.arguments((64, 256), device="cuda:0")
+    second = {name: value.to("cuda:1") for name, value in first.items()}
+    with torch.cuda.device(0):
+        found = differentiate(case, second)
+        assert all(value.device.index == 1 for value in found)
+        assert torch.cuda.current_device() == 0
+    assert_bitwise([value.to("cuda:0") for value in found], differentiate(case, first))
+
+
+# ---- R14: a new shape compiles nothing -------------------------------------------------------------------------------
+
+
+def test_r14_a_new_shape_compiles_nothing_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chainzrule_kernels.ops import _call_triton, _dreg_triton
+
+    monkeypatch.setattr(_call_triton, "COMPILE_AHEAD", True)
+    _call_triton._compiled.clear()
+
+    def run(*shape: int) -> None:
+        z = torch.randn(*shape, device="cuda", dtype=torch.float16, requires_grad=True)
+        y, jac_sq = ck.polynomial_dreg(z, torch.ones(3, device="cuda", requires_grad=True))
+        (y.float().sum() + jac_sq.mean()).backward()
+
+    def compiled() -> int:
+        kernels = (_dreg_triton.dreg_forward_kernel, _dreg_triton.dreg_backward_kernel)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    run(4, 8)
+    before = compiled()
+    for shape in [(1, 1), (70, 37), (5000, 300), (5000, 301), (3, 9000), (3, 9001), (1, 64), (100_000, 3), (17,)]:
+        run(*shape)
+    assert compiled() == before
+
+
+# ---- memory errors ---------------------------------------------------------------------------------------------------
+
+SMALL = """
+import os, sys, torch
+import chainzrule_kernels as ck
+for dtype in (torch.float32, torch.bfloat16):
+    for shape in [(5, 37), (3, 75), (2, 4099), (4, 8), (1, 1), (300, 3), (4096, 67)]:
+        z = torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
+        row_sq = torch.rand(shape[1], device="cuda", requires_grad=True)
+        for coeffs in (torch.ones(4, device="cuda"), torch.ones(4, shape[1], device="cuda")):
+            coeffs.requires_grad_()
+            for weight in (None, row_sq):
+                y, jac_sq = ck.polynomial_dreg(z, coeffs, weight)
+                (y.float().sum() + jac_sq.sum()).backward()
+            z_dot = torch.randn(2, *shape, device="cuda", dtype=dtype, requires_grad=True)
+            sum(result.float().sum() for result in ck.polynomial_tangent(z, z_dot, coeffs)).backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    finished = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL],
+        # PyTorch's cache would hide an access beyond a tensor.
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CHAINZRULE_KERNELS_COMPILE_AHEAD": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
