@@ -158,10 +158,12 @@ def least_squares_relu(half_width: float = 5.0) -> tuple[float, float, float]:
     0.469)``. An alternative start for :func:`react`.
 
     Raises:
-        ValueError: when the half width is not positive.
+        TypeError, ValueError: when the half width is not a positive, finite number.
     """
-    if not half_width > 0:
-        raise ValueError(f"half_width: expected a positive number, got {half_width}")
+    if not isinstance(half_width, int | float) or isinstance(half_width, bool):
+        raise TypeError(f"half_width: expected a number, got {type(half_width).__name__}")
+    if not (math.isfinite(half_width) and half_width > 0):
+        raise ValueError(f"half_width: expected a positive, finite number, got {half_width}")
     return 15 / (32 * half_width), 0.5, 3 * half_width / 32
 
 
@@ -179,6 +181,12 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def _constant(

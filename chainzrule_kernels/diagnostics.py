@@ -42,9 +42,11 @@ def percentile(values: Tensor | Iterable[float], percent: float) -> float:
     """The value below which ``percent`` of the values lie, linearly interpolated between neighbours; NaN if one is NaN.
 
     Raises:
-        TypeError, ValueError: when there is no value, a negative one, they are not numbers, or ``percent`` leaves [0,
-            100].
+        TypeError, ValueError: when there is no value or a negative one, when they are not numbers, or when ``percent``
+            is not a number from 0 to 100.
     """
+    if not isinstance(percent, int | float) or isinstance(percent, bool):
+        raise TypeError(f"percent: expected a number, got {type(percent).__name__}")
     if not 0 <= percent <= 100:
         raise ValueError(f"percent: expected 0 to 100, got {percent}")
     flat = _numbers("values", values)

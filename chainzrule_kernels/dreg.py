@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from chainzrule_kernels.diagnostics import Table, percentile, tail_ratio
+from chainzrule_kernels.functions.sums import sum_of_all
 from chainzrule_kernels.nn import Polynomial, PolynomialLinear
-from chainzrule_kernels.nn.jacobian_record import ForwardPass, JacobianRecord
+from chainzrule_kernels.nn.jacobian_record import ForwardPass, JacobianRecord, is_under_vmap, refuse_replica
 
 __all__ = ["DREG", "LayerReport", "Reduction", "RegularisedLayer"]
 
@@ -136,9 +138,10 @@ class DREG:
     neither a new batch size nor a step of the schedule recompiles. With activation checkpointing use
     ``use_reentrant=False``, since a reentrant checkpoint is refused in the backward pass; checkpoints inside a compiled
     model need ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
-    ``copy.deepcopy((model, reg))`` copies both; a copy of the model alone carries a regulariser of its own. Under
-    ``torch.vmap`` nothing is recorded. The norms of the latest pass are kept until the next one; their graph's buffers
-    are freed by the backward pass as usual.
+    ``copy.deepcopy((model, reg))`` copies both; a copy of the model alone carries a regulariser of its own, which
+    ``DREG.detach(copy)`` takes off. Under ``torch.vmap`` nothing is recorded, and the latest pass stays what it was. A
+    replica of :class:`torch.nn.DataParallel` is refused. The norms of the latest pass are kept until the next one;
+    their graph's buffers are freed by the backward pass as usual.
     """
 
     def __init__(
@@ -159,6 +162,7 @@ class DREG:
         self._base_strength = float(strength)
         self._position = 0
         self._forward_pass = ForwardPass()
+        self._forward_pass.regulariser = weakref.ref(self)
         self._records: list[JacobianRecord] = []
 
         found = find_layers(self.model, variant)
@@ -171,6 +175,7 @@ class DREG:
         self._modules = [site.module for site in found]
         self._handles = [
             self.model.register_forward_pre_hook(self._open_pass),
+            self.model.register_forward_hook(self._complete_pass),
             self.model.register_forward_hook(self._close_pass, always_call=True),
         ]
         self._strength = self._strength_tensor()
@@ -178,14 +183,29 @@ class DREG:
     # ---- the forward pass -------------------------------------------------------------------------------------------
 
     def _open_pass(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # a checkpoint around the whole model, recomputing it
-        for record in self._records:
-            record.calls = []
-        self._forward_pass.is_open = True
+        refuse_replica(model)
+        if _is_a_pass() and self._forward_pass.begin():
+            for record in self._records:
+                record.calls = []
+
+    def _complete_pass(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if _is_a_pass():
+            self._forward_pass.complete()
 
     def _close_pass(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self._forward_pass.is_open = False
+        # An exception in the forward, or in a hook before ours, leads here past _complete_pass.
+        if _is_a_pass() and not getattr(model, "_is_replica", False):
+            self._forward_pass.end()
+
+    def _check_pass(self) -> None:
+        """Raise when the latest pass has not reached its end."""
+        if self._forward_pass.has_begun and not self._forward_pass.is_complete:
+            if not torch.compiler.is_compiling():
+                self._forward_pass.forget_interrupted()
+            raise RuntimeError(_INCOMPLETE)
+
+    def _nothing_recorded(self) -> RuntimeError:
+        return RuntimeError(_NO_LAYER_RAN if self._forward_pass.has_begun else _NOTHING_RECORDED)
 
     # ---- the penalty ------------------------------------------------------------------------------------------------
 
@@ -196,15 +216,23 @@ class DREG:
         pass contribute nothing.
 
         Raises:
-            RuntimeError: when the model has not run since the regulariser was attached.
+            RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
+                attached; when the latest pass has not reached its end, because of an exception or because it is still
+                running; under ``torch.vmap``, where nothing is recorded.
         """
+        if not torch.compiler.is_compiling() and is_under_vmap():
+            raise RuntimeError(_UNDER_VMAP)
+        self._check_pass()
         terms: list[Tensor] = []
         for record in self._records:
             for jac_sq, units in record.calls:
-                term = jac_sq.mean() if self.reduction.batch == "mean" else jac_sq.sum()
+                # In a fixed order, so that the penalty does not depend on the number of threads.
+                term = sum_of_all(jac_sq)
+                if self.reduction.batch == "mean":
+                    term = term / jac_sq.numel()
                 terms.append(term / units if self.reduction.units == "mean" else term)
         if not terms:
-            raise RuntimeError(_NOTHING_RECORDED)
+            raise self._nothing_recorded()
         total = terms[0]
         for term in terms[1:]:
             total = total + term.to(total.device)
@@ -232,19 +260,23 @@ class DREG:
         """Go on from a position that :meth:`state_dict` returned.
 
         Raises:
-            ValueError: when ``state`` is not what :meth:`state_dict` returns.
+            TypeError, ValueError: when ``state`` is not what :meth:`state_dict` returns.
         """
-        if set(state) != {"position"} or not isinstance(state["position"], int):
+        if not isinstance(state, dict):
+            raise TypeError(f"state: expected what DREG.state_dict() returns, got {type(state).__name__}")
+        position = state.get("position")
+        if set(state) != {"position"} or not isinstance(position, int) or isinstance(position, bool) or position < 0:
             raise ValueError(f"state: expected the keys and values of DREG.state_dict(), got {state!r}")
-        self._position = state["position"]
+        self._position = position
         self._strength = self._strength_tensor()
 
     def _strength_tensor(self) -> Tensor:
         # A tensor, where a number would be a constant of the compiled graph and recompile it at each step; a new one
-        # each time, since the graph of an earlier penalty may hold the old one.
-        parameter = self._modules[0].coeffs
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        return torch.full((), self.strength, dtype=dtype, device=parameter.device)
+        # each time, since the graph of an earlier penalty may hold the old one. In float64, since the model may become
+        # that later.
+        coeffs = self._modules[0].coeffs
+        # Nothing can be copied from the meta device once the model has left it.
+        return torch.full((), self.strength, dtype=torch.float64, device="cpu" if coeffs.is_meta else coeffs.device)
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
@@ -252,7 +284,11 @@ class DREG:
         """By the layer's name, ``‖J‖_F²`` for each sample in the latest forward pass, once for each time the layer ran.
 
         The tensors are part of the graph, as the penalty is. A layer that did not run has an empty list.
+
+        Raises:
+            RuntimeError: when the latest pass has not reached its end.
         """
+        self._check_pass()
         return {
             layer.name: [jac_sq for jac_sq, _ in record.calls]
             for layer, record in zip(self.layers, self._records, strict=True)
@@ -263,19 +299,20 @@ class DREG:
 
         Args:
             *inputs: none, for the norms of the latest forward pass; or the model's arguments, for a pass of their own
-            in
-                evaluation mode and without gradients, which also measures the nonlinearity and leaves the latest pass
-                as it was.
+                in evaluation mode and without gradients, which also measures the nonlinearity and leaves the latest
+                pass as it was.
 
         Returns:
             One :class:`LayerReport` for each layer that ran; print the table to read it.
 
         Raises:
-            RuntimeError: without inputs, when the model has not run since the regulariser was attached.
+            RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
+                attached, or when the latest pass has not reached its end.
         """
         if not inputs:
             return self._report()
         recorded = [record.calls for record in self._records]
+        latest = self._forward_pass.has_begun, self._forward_pass.is_complete
         training = [module for module in self.model.modules() if module.training]
         self._forward_pass.measures_nonlinearity = True
         try:
@@ -286,6 +323,7 @@ class DREG:
             return self._report()
         finally:
             self._forward_pass.measures_nonlinearity = False
+            self._forward_pass.has_begun, self._forward_pass.is_complete = latest
             for module in training:
                 module.training = True
             for record, calls in zip(self._records, recorded, strict=True):
@@ -293,6 +331,7 @@ class DREG:
                 record.nonlinearity = None
 
     def _report(self) -> Table[LayerReport]:
+        self._check_pass()
         rows = []
         for layer, record in zip(self.layers, self._records, strict=True):
             if record.calls:
@@ -302,7 +341,7 @@ class DREG:
                     LayerReport(layer.name, mean, percentile(norms, 99.0), tail_ratio(norms), record.nonlinearity)
                 )
         if not rows:
-            raise RuntimeError(_NOTHING_RECORDED)
+            raise self._nothing_recorded()
         return Table(rows)
 
     def __repr__(self) -> str:
@@ -318,12 +357,58 @@ class DREG:
             if module.__dict__.get("jacobian_record") is record:
                 del module.jacobian_record
             record.calls = []
+        self._forward_pass.clear()
+
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Remove every regulariser that is attached to ``model`` or to a part of it, without having it at hand.
+
+        That is how to regularise a copy anew: a copy of a regularised model, or of one of its layers, carries a
+        regulariser of its own, to which only the copy refers. One that is attached to a larger model, of which
+        ``model`` is a part, is removed from all of it. Where there is none, nothing happens.
+
+        Raises:
+            TypeError: when ``model`` is not a module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        for module in model.modules():
+            hooks = module._forward_pre_hooks.values()
+            owners = [getattr(hook, "__self__", None) for hook in hooks]
+            record = module.__dict__.get("jacobian_record")
+            if record is not None:
+                regulariser = record.forward_pass.regulariser
+                owners.append(None if regulariser is None else regulariser())
+            for owner in owners:
+                if isinstance(owner, DREG):
+                    owner.remove()
+            # The copy of a layer has a record, and no regulariser where that one was not copied with it.
+            module.__dict__.pop("jacobian_record", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forward_pass.regulariser = weakref.ref(self)
+
+
+def _is_a_pass() -> bool:
+    """Whether a call of the model is a forward pass to record.
+
+    Inside the backward pass it is a checkpoint that recomputes the whole model, and under vmap there is nothing to
+    keep.
+    """
+    return torch.compiler.is_compiling() or (torch._C._current_graph_task_id() == -1 and not is_under_vmap())
 
 
 _NOTHING_RECORDED = (
     "DREG: no forward pass of the model has been recorded. Call the model itself, as model(x), before penalty() or "
     "report(); a call of model.forward or of a part of the model is not recorded"
 )
+_NO_LAYER_RAN = "DREG: no regularised layer ran in the latest forward pass of the model, or they ran under torch.vmap"
+_INCOMPLETE = (
+    "DREG: the latest forward pass of the model did not reach its end, because of an exception or because it is still "
+    "running, so the norms of its layers are not all there. Call the model again before penalty(), report() or jac_sq()"
+)
+_UNDER_VMAP = "DREG: penalty() was called under torch.vmap, where nothing is recorded. Call it outside"
 
 
 @dataclass(frozen=True)
@@ -379,7 +464,10 @@ def _as_linear(before: tuple[str, nn.Module] | None, container_name: str) -> tup
         return None, "nothing in front of it in its torch.nn.Sequential"
     name = f"{container_name}.{before[0]}" if container_name else before[0]
     if isinstance(before[1], nn.Linear):
-        return before[1], f"the weight of {name}"
+        # A subclass may compute something else than x Wᵀ + b from its weight, and so may a forward put on the module.
+        if type(before[1]).forward is nn.Linear.forward and "forward" not in before[1].__dict__:
+            return before[1], f"the weight of {name}"
+        return None, f"{name} in front of it, a {type(before[1]).__name__}, has a forward of its own"
     return None, f"{name} in front of it, a {type(before[1]).__name__}, is not a torch.nn.Linear"
 
 
@@ -407,7 +495,8 @@ def _check_found(model: nn.Module, found: list[_Site]) -> None:
     for site in found:
         if site.module.jacobian_record is not None:
             raise ValueError(
-                f"model: its layer {site.row.name!r} has a DREG attached already; call remove() on that one first"
+                f"model: its layer {site.row.name!r} has a DREG attached already, which a copy of a model brings with "
+                "it; call remove() on that one first, or chainzrule_kernels.DREG.detach(model)"
             )
     others = [
         f"{name} ({type(module).__name__})"

@@ -148,7 +148,9 @@ def test_dtype_follows_the_tensors():
         (lambda: coefficients.monomial(3, 2), ValueError, "power: expected 0 to 2, the degree, got 3"),
         (lambda: coefficients.monomial(1.0, 2), TypeError, "power: expected an int, got float"),
         (lambda: coefficients.identity(3, -1), ValueError, "num_channels: expected at least 0, got -1"),
-        (lambda: coefficients.least_squares_relu(0.0), ValueError, "half_width: expected a positive number, got 0.0"),
+        (lambda: coefficients.least_squares_relu(0.0), ValueError, "half_width: expected a positive, finite number"),
+        (lambda: coefficients.least_squares_relu(math.inf), ValueError, "half_width: expected .* finite .*, got inf"),
+        (lambda: coefficients.least_squares_relu("5"), TypeError, "half_width: expected a number, got str"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, message):

@@ -98,6 +98,15 @@ def test_r04_a_whole_training_run_compiles_once(device: str) -> None:
     assert counter.frame_count == 2
 
 
+def test_r04_a_transform_inside_a_compiled_function(device: str) -> None:
+    def slopes(z: Tensor, coeffs: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda row: scalar(ck.polynomial_dreg(row, coeffs))))(z)
+
+    z, coeffs = torch.randn(3, 5, device=device), torch.randn(4, device=device)
+    compiled = torch.compile(slopes, fullgraph=True, backend="aot_eager")
+    assert_same([compiled(z, coeffs)], [slopes(z, coeffs)], rtol=1e-4, atol=1e-4)
+
+
 def test_r04_the_backend_is_part_of_what_is_compiled(device: str) -> None:
     compiled = torch.compile(lambda z, c: ck.polynomial(z, c), fullgraph=True, backend="aot_eager")
     z, coeffs = torch.randn(3, 5, device=device), torch.randn(4, device=device)

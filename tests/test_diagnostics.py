@@ -56,6 +56,19 @@ def test_percentile_is_that_of_torch(count):
         )
 
 
+@pytest.mark.parametrize(
+    ("percent", "error", "message"),
+    [
+        (101.0, ValueError, "percent: expected 0 to 100, got 101.0"),
+        (math.nan, ValueError, "percent: expected 0 to 100, got nan"),
+        ("50", TypeError, "percent: expected a number, got str"),
+    ],
+)
+def test_percentile_rejects_bad_input(percent, error, message):
+    with pytest.raises(error, match=message):
+        diagnostics.percentile([1.0, 2.0], percent)
+
+
 def test_tail_ratio():
     assert ck.tail_ratio(torch.full((7, 3), 2.0)) == 1.0
     values = list(range(101))
@@ -108,14 +121,17 @@ def test_loss_gradient_norms_are_those_of_each_sample_alone():
     model = ck.nn.ChainzRuleNet((4, 5, 3), noise=0.2, dtype=torch.float64)
     reg = ck.DREG(model)
     inputs, targets = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    model(inputs)
+    penalty, report = reg.penalty(), reg.report()
     norms = diagnostics.loss_gradient_norms(model, F.cross_entropy, inputs, targets)
+    assert torch.equal(reg.penalty(), penalty)  # the latest pass is still there
+    assert reg.report() == report
     assert not norms.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
     for index, norm in enumerate(norms):
         loss = F.cross_entropy(model(inputs[index : index + 1]), targets[index : index + 1])
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         torch.testing.assert_close(norm, torch.cat([gradient.flatten() for gradient in gradients]).norm())
-    assert reg.penalty().isfinite()
 
 
 def test_table_prints_aligned_columns():

@@ -129,9 +129,27 @@ def test_polynomial_behind_linear_in_a_sequential():
     torch.testing.assert_close(reg.penalty(), STRENGTH * expected)
 
 
+class Adapted(nn.Linear):
+    """A linear layer with something more behind the product with its weight, as adapters have it."""
+
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+def linear_with_a_forward_put_on_it() -> nn.Linear:
+    linear = nn.Linear(4, 4)
+    linear.forward = lambda x: 2.0 * nn.Linear.forward(linear, x)
+    return linear
+
+
 @pytest.mark.parametrize(
     ("build", "note"),
     [
+        (lambda: nn.Sequential(Adapted(4, 4), ck.nn.Polynomial()), "0 in front of it, a Adapted, has a forward of"),
+        (
+            lambda: nn.Sequential(linear_with_a_forward_put_on_it(), ck.nn.Polynomial()),
+            "0 in front of it, a Linear, has a forward of its own",
+        ),
         (lambda: nn.Sequential(ck.nn.Polynomial()), "nothing in front of it"),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), ck.nn.Polynomial()), "1 in front of it, a LayerNorm"),
         (lambda: nn.ModuleDict({"part": ck.nn.Polynomial()}), "in no torch.nn.Sequential"),
@@ -141,6 +159,14 @@ def test_polynomial_without_a_known_linear_is_penalised_alone_and_says_so(build,
     (row,) = ck.DREG(build()).layers
     assert (row.penalises, row.units) == ("activation", None)
     assert note in row.note
+
+
+def test_a_subclass_of_linear_with_the_forward_of_linear_counts():
+    class Named(nn.Linear):
+        pass
+
+    (row,) = ck.DREG(nn.Sequential(Named(4, 5), ck.nn.Polynomial())).layers
+    assert (row.penalises, row.units) == ("layer", 5)
 
 
 def test_polynomial_shared_behind_two_layers_is_penalised_alone_and_counts_twice():
@@ -175,6 +201,49 @@ def test_penalty_dtype_and_device_follow_the_data():
     net.double()
     net(batch(6, 4))
     assert reg.penalty().dtype == torch.float64
+
+
+@pytest.mark.parametrize("step", ["nothing", "move the schedule"])
+def test_strength_is_exact_when_the_model_becomes_float64_later(step):
+    net = net_of(4, 5, 3, dtype=torch.float32)
+    reg = ck.DREG(net, STRENGTH)
+    if step != "nothing":
+        reg.step()
+    net.double()
+    net(batch(6, 4))
+    ((jac_sq,),) = reg.jac_sq().values()
+    torch.testing.assert_close(reg.penalty(), STRENGTH * jac_sq.mean(), rtol=1e-15, atol=0.0)
+
+
+def test_a_model_regularised_on_the_meta_device():
+    net = net_of(4, 5, 3, device="meta")
+    reg = ck.DREG(net, STRENGTH)
+    net.to_empty(device="cpu")
+    net.load_state_dict(net_of(4, 5, 3).state_dict())
+    x = batch(6, 4)
+    net(x)
+    torch.testing.assert_close(reg.penalty(), STRENGTH * squared_jacobian_norms(net[0], x).mean())
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("way", ["mean", "sum"])
+def test_penalty_does_not_depend_on_the_number_of_threads(way):
+    net = net_of(4, 2, 1, dtype=torch.float32)
+    reg = ck.DREG(net, reduction=ck.Reduction(batch=way))
+    x = batch(1_000_000, 4, torch.float32)
+    # Several inputs, since two orders of a sum often round to the same number.
+    for scale in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5):
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                net(scale * x)
+                results.append((reg.jac_sq()["0"][0], reg.penalty()))
+        (norms, penalty), (norms_again, penalty_again) = results
+        assert torch.equal(norms, norms_again)
+        assert torch.equal(penalty, penalty_again)
+        exact = norms.double().mean() if way == "mean" else norms.double().sum()
+        torch.testing.assert_close(penalty.double(), reg.strength * exact, rtol=1e-6, atol=0.0)
 
 
 def test_autocast_penalty_is_float32_and_near():
@@ -241,13 +310,157 @@ def test_a_pass_that_failed_leaves_the_next_one_right():
     x = batch(6, 4)
     net(x)
     expected = reg.penalty()
-    with pytest.raises(ValueError, match="weight: expected shape"):
+    with pytest.raises(ValueError, match="x: expected shape"):
         net(batch(6, 5))
     net[0](x)
-    with pytest.raises(RuntimeError, match="no forward pass"):
+    with pytest.raises(RuntimeError, match="did not reach its end"):
         reg.penalty()
     net(x)
     assert torch.equal(reg.penalty(), expected)
+
+
+class Failing(nn.Module):
+    """Two polynomial layers, with an exception between them on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = ck.nn.PolynomialLinear(4, 5, noise=0.3, dtype=torch.float64)
+        self.second = ck.nn.PolynomialLinear(5, 3, noise=0.3, dtype=torch.float64)
+        self.error: BaseException | None = None
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.error is not None:
+            raise self.error
+        return self.second(hidden)
+
+
+@pytest.mark.parametrize("error", [ValueError("on demand"), KeyboardInterrupt("on demand")])
+def test_a_pass_that_ended_halfway_is_not_taken_for_a_whole_one(error):
+    model = Failing()
+    reg = ck.DREG(model, STRENGTH)
+    x = batch(6, 4)
+    model(x)
+    expected = reg.penalty()
+    for asks_in_between in (True, False):
+        model.error = error
+        with pytest.raises(type(error), match="on demand"):
+            model(x)
+        for ask in (reg.penalty, reg.report, reg.jac_sq) if asks_in_between else ():
+            with pytest.raises(RuntimeError, match="did not reach its end"):
+                ask()
+        model.error = None
+        model(x)
+        assert torch.equal(reg.penalty(), expected)
+        assert [len(calls) for calls in reg.jac_sq().values()] == [1, 1]
+
+
+def test_a_failing_hook_of_another_leaves_the_latest_pass_or_none():
+    def fail(*arguments):
+        raise ValueError("on demand")
+
+    net = net_of(4, 5, 3)
+    before = net.register_forward_pre_hook(fail)  # runs before the hooks of the regulariser
+    reg = ck.DREG(net, STRENGTH)
+    before.remove()
+    x = batch(6, 4)
+    net(x)
+    expected = reg.penalty()
+    with net.register_forward_pre_hook(fail, prepend=True), pytest.raises(ValueError, match="on demand"):
+        net(3 * x)
+    assert torch.equal(reg.penalty(), expected)
+    with net.register_forward_pre_hook(fail), pytest.raises(ValueError, match="on demand"):
+        net(3 * x)
+    with pytest.raises(RuntimeError, match="did not reach its end"):
+        reg.penalty()
+    net(x)
+    assert torch.equal(reg.penalty(), expected)
+
+
+class Recursive(nn.Module):
+    """A model that calls itself, with a layer before and a layer behind the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.down = ck.nn.PolynomialLinear(4, 4, noise=0.3, dtype=torch.float64)
+        self.up = ck.nn.PolynomialLinear(4, 4, noise=0.3, dtype=torch.float64)
+        self.fails_at = -1
+
+    def forward(self, x, depth):
+        if depth == self.fails_at:
+            raise ValueError("on demand")
+        x = self.down(x)
+        if depth:
+            try:
+                x = self(x, depth - 1)
+            except ValueError:
+                x = 0.5 * x
+        return self.up(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_calls_itself_is_one_pass(compiled):
+    model = Recursive()
+    reg = ck.DREG(model, STRENGTH)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    x = batch(6, 4)
+    for _ in range(2):
+        run(x, 2)
+        assert [len(calls) for calls in reg.jac_sq().values()] == [3, 3]
+    values, expected = x, 0.0
+    for layer in (model.down, model.down, model.down, model.up, model.up, model.up):
+        expected = expected + squared_jacobian_norms(layer, values).mean()
+        values = layer(values)
+    torch.testing.assert_close(reg.penalty(), STRENGTH * expected)
+
+
+def test_an_exception_that_the_model_catches_from_itself_does_not_end_the_pass():
+    model = Recursive()
+    model.fails_at = 0
+    reg = ck.DREG(model, STRENGTH)
+    model(batch(6, 4), 2)
+    assert [len(calls) for calls in reg.jac_sq().values()] == [2, 2]
+    assert reg.penalty().isfinite()
+
+
+def test_a_pass_in_which_no_regularised_layer_ran_says_so():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = ck.nn.PolynomialLinear(4, 5, dtype=torch.float64)
+
+        def forward(self, x):
+            return x
+
+    model = Skipping()
+    reg = ck.DREG(model)
+    model(batch(6, 4))
+    for ask in (reg.penalty, reg.report):
+        with pytest.raises(RuntimeError, match="no regularised layer ran"):
+            ask()
+
+
+def test_replicas_are_refused():
+    net = net_of(4, 5, 3)
+    reg = ck.DREG(net, STRENGTH)
+    x = batch(6, 4)
+    net(x)
+    expected = reg.penalty()
+    replica = net._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"replica made by torch.nn.DataParallel.*DistributedDataParallel"):
+        replica(x)
+    assert torch.equal(reg.penalty(), expected)
+    # Where the regulariser is attached to what contains the replicas, its layers notice.
+    layer, polynomial = net[0], ck.nn.Polynomial(dtype=torch.float64)
+    ck.DREG(polynomial)
+    for module in (layer, polynomial):
+        replica = module._replicate_for_data_parallel()
+        for name, value in module._parameters.items():
+            setattr(replica, name, value.detach())
+        with pytest.raises(RuntimeError, match=r"replica made by torch.nn.DataParallel"):
+            replica.forward(x)
 
 
 def test_evaluation_and_no_grad():
@@ -412,7 +625,7 @@ def test_deepcopy_of_model_and_regulariser_together():
     assert torch.equal(reg.penalty(), penalty)
     twin_reg.remove()
     assert hooks(twin) == 0
-    assert hooks(net) == 3  # two on the model, one of them listed as always called
+    assert hooks(net) == 4  # three on the model, one of them listed as always called
 
 
 def test_a_copy_of_the_model_alone_does_not_disturb_the_original():
@@ -426,6 +639,60 @@ def test_a_copy_of_the_model_alone_does_not_disturb_the_original():
     net(x)
     twin(2 * x)
     assert torch.equal(reg.penalty(), penalty)
+
+
+def stored(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        stored,
+        lambda net: nn.Sequential(copy.deepcopy(net)),
+        lambda net: nn.Sequential(copy.deepcopy(net[0]), copy.deepcopy(net[1])),
+        lambda net: copy.deepcopy(net)[:2],  # a part of a copy that has its regulariser
+    ],
+    ids=["copy", "stored", "inside another", "layers alone", "part of a copy"],
+)
+def test_a_copy_can_be_regularised_anew(copied):
+    net = net_of(4, 5, 3, final_polynomial=True)
+    reg = ck.DREG(net, STRENGTH)
+    x = batch(6, 4)
+    net(x)
+    expected = reg.penalty()
+    twin = copied(net)
+    with pytest.raises(ValueError, match=r"has a DREG attached already.*chainzrule_kernels.DREG.detach\(model\)"):
+        ck.DREG(twin)
+    ck.DREG.detach(twin)
+    assert hooks(twin) == 0
+    assert not any("jacobian_record" in names for names in attributes(twin).values())
+    ck.DREG.detach(twin)  # nothing there: nothing happens
+    twin_reg = ck.DREG(twin, 2 * STRENGTH)
+    twin(x)
+    assert torch.equal(twin_reg.penalty(), 2 * expected)
+    assert torch.equal(reg.penalty(), expected)  # the original has its own still
+    net(x)
+    assert torch.equal(reg.penalty(), expected)
+
+
+def test_detach_from_a_part_takes_the_regulariser_off_the_whole():
+    net = net_of(4, 5, 5, 3)
+    reg = ck.DREG(net)
+    x = batch(6, 4)
+    net(x)
+    ck.DREG.detach(net[0])
+    assert hooks(net) == 0
+    assert not any("jacobian_record" in names for names in attributes(net).values())
+    net(x)
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        reg.penalty()
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got DREG"):
+        ck.DREG.detach(reg)
 
 
 def test_a_regularised_model_can_be_saved_whole():
@@ -462,8 +729,12 @@ def test_schedule_scales_the_strength_and_its_position_is_its_state():
     other.load_state_dict({"position": 2})
     net(x)
     torch.testing.assert_close(other.penalty(), base * 0.5)
-    with pytest.raises(ValueError, match="state: expected the keys and values"):
-        other.load_state_dict({"step": 2})
+    for state in ({"step": 2}, {"position": True}, {"position": 1.5}, {"position": -1}, {}):
+        with pytest.raises(ValueError, match="state: expected the keys and values"):
+            other.load_state_dict(state)
+    with pytest.raises(TypeError, match=r"state: expected what DREG.state_dict\(\) returns, got int"):
+        other.load_state_dict(5)
+    assert other.state_dict() == {"position": 2}
 
 
 def test_a_step_before_the_backward_does_not_disturb_it():
@@ -537,8 +808,10 @@ def test_report_on_inputs_leaves_no_state_behind_when_it_fails():
     net = net_of(4, 5, 3)
     reg = ck.DREG(net)
     net(batch(6, 4))
-    with pytest.raises(ValueError, match="weight: expected shape"):
+    penalty = reg.penalty()
+    with pytest.raises(ValueError, match="x: expected shape"):
         reg.report(batch(6, 5))
+    assert torch.equal(reg.penalty(), penalty)
     assert net.training
     assert reg.report()[0].nonlinearity is None
 
@@ -635,6 +908,47 @@ def test_functional_call_and_grad():
     expected = gradients(net, net(x).square().sum() + reg.penalty())
     for gradient, reference in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("way", ["vmap", "vmap of grad", "grad of vmap", "jacfwd"])
+def test_vmap_leaves_the_latest_pass_alone(way):
+    net = net_of(4, 5, 3)
+    reg = ck.DREG(net, STRENGTH)
+    x = batch(6, 4)
+    net(x)
+    expected, report = reg.penalty(), reg.report()
+    if way == "vmap":
+        torch.vmap(net)(x)
+    elif way == "vmap of grad":
+        torch.vmap(torch.func.grad(lambda sample: net(sample).sum()))(x)
+    elif way == "grad of vmap":
+        torch.func.grad(lambda values: torch.vmap(net)(values).sum())(x)
+    else:
+        torch.func.jacfwd(net)(x[0])
+    assert torch.equal(reg.penalty(), expected)
+    assert reg.report() == report
+    net(3 * x)
+    assert not torch.equal(reg.penalty(), expected)
+
+
+def test_penalty_under_vmap_is_refused_rather_than_that_of_another_pass():
+    net = net_of(4, 5, 3)
+    reg = ck.DREG(net)
+    x = batch(6, 4)
+    net(x)
+    with pytest.raises(RuntimeError, match=r"called under torch.vmap, where nothing is recorded"):
+        torch.vmap(lambda sample: net(sample).sum() + reg.penalty())(x)
+
+
+def test_a_pass_inside_grad_can_be_asked_for_its_penalty_afterwards():
+    net = net_of(4, 5, 3)
+    reg = ck.DREG(net, STRENGTH)
+    x = batch(6, 4)
+    net(x)
+    expected = reg.penalty()
+    net(2 * x)
+    torch.func.grad(lambda values: net(values).sum())(x)
+    assert torch.equal(reg.penalty(), expected)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -145,20 +146,46 @@ def test_compile_without_breaks_or_recompiles(build):
         (lambda: ck.nn.Polynomial(degree=0), ValueError, "degree: expected 1 to 8, got 0"),
         (lambda: ck.nn.Polynomial(degree=9), ValueError, "degree: expected 1 to 8, got 9"),
         (lambda: ck.nn.Polynomial(2.0), TypeError, "num_channels: expected an int, got float"),
-        (lambda: ck.nn.Polynomial(noise=-1.0), ValueError, "noise: expected at least 0, got -1.0"),
+        (lambda: ck.nn.Polynomial(noise=-1.0), ValueError, "noise: expected a finite number of at least 0, got -1.0"),
+        (
+            lambda: ck.nn.Polynomial(noise=math.inf),
+            ValueError,
+            "noise: expected a finite number of at least 0, got inf",
+        ),
+        (lambda: ck.nn.PolynomialLinear(1, 2, noise=math.nan), ValueError, "noise: expected a finite number"),
         (lambda: ck.nn.Polynomial(noise="0"), TypeError, "noise: expected a number, got str"),
         (lambda: ck.nn.PolynomialLinear(-1, 2), ValueError, "in_features: expected at least 0, got -1"),
         (lambda: ck.nn.PolynomialLinear(1, "2"), TypeError, "out_features: expected an int, got str"),
         (lambda: ck.nn.PolynomialLinear(1, 2, degree=True), TypeError, "degree: expected an int"),
+        (lambda: ck.nn.PolynomialLinear(1, 2, "x"), TypeError, "bias: expected True or False, got str"),
+        (
+            lambda: ck.nn.PolynomialLinear(1, 2, per_channel="x"),
+            TypeError,
+            "per_channel: expected True or False, got str",
+        ),
+        (lambda: ck.nn.ChainzRuleNet((3, 2), bias="x"), TypeError, "bias: expected True or False, got str"),
+        (
+            lambda: ck.nn.ChainzRuleNet((3, 2), final_polynomial=1),
+            TypeError,
+            "final_polynomial: expected True or False, got int",
+        ),
+        (lambda: ck.nn.ChainzRuleNet(5), TypeError, "sizes: expected a sequence of ints, got int"),
         (lambda: ck.nn.ChainzRuleNet((3,)), ValueError, "sizes: expected at least two"),
         (lambda: ck.nn.ChainzRuleNet((3, 2.5)), TypeError, r"sizes\[1\]: expected an int, got float"),
         (
             lambda: ck.nn.Polynomial(4)(torch.ones(2, 3)),
             ValueError,
-            "coeffs: expected one polynomial for each of the 3",
+            r"z: expected shape \(..., num_channels\) with num_channels = 4, got \(2, 3\)",
         ),
+        (lambda: ck.nn.Polynomial(4)(torch.ones(())), ValueError, "z: expected shape .* got a 0-d tensor"),
+        (lambda: ck.nn.Polynomial(4)([1.0]), TypeError, "z: expected a torch.Tensor, got list"),
         (lambda: ck.nn.Polynomial()(torch.ones(2, dtype=torch.int64)), TypeError, "z: expected dtype"),
-        (lambda: ck.nn.PolynomialLinear(3, 4)(torch.ones(2, 5)), ValueError, "weight: expected shape"),
+        (
+            lambda: ck.nn.PolynomialLinear(3, 4)(torch.ones(2, 5)),
+            ValueError,
+            r"x: expected shape \(..., in_features\) with in_features = 3, got \(2, 5\)",
+        ),
+        (lambda: ck.nn.PolynomialLinear(3, 4)([1.0]), TypeError, "x: expected a torch.Tensor, got list"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, message):

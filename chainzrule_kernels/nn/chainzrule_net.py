@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from chainzrule_kernels.coefficients import check_count
+from chainzrule_kernels.coefficients import check_count, check_flag
 from chainzrule_kernels.nn.polynomial_linear import PolynomialLinear
 
 
@@ -45,7 +45,12 @@ class ChainzRuleNet(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = tuple(sizes)
+        try:
+            sizes = tuple(sizes)
+        except TypeError as error:
+            raise TypeError(f"sizes: expected a sequence of ints, got {type(sizes).__name__}") from error
+        check_flag("bias", bias)
+        check_flag("final_polynomial", final_polynomial)
         if len(sizes) < 2:
             raise ValueError(f"sizes: expected at least two, the input's and the output's, got {sizes}")
         for position, size in enumerate(sizes):

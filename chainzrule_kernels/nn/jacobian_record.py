@@ -10,7 +10,10 @@ trace reads no state of an earlier pass and has nothing to guard on.
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import weakref
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +22,95 @@ from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 
+if TYPE_CHECKING:
+    from chainzrule_kernels.dreg import DREG
+
 
 class ForwardPass:
-    """Whether the regularised model is in its forward, and what its layers shall record."""
+    """Where the regularised model is in its forward, and what its layers shall record.
+
+    Attributes:
+        depth: how many calls of the model are running: 0 outside its forward, 2 where its forward calls the model.
+        has_begun: whether the model has run since the regulariser was attached.
+        is_complete: whether the latest pass reached its end. One that an exception ended did not.
+        measures_nonlinearity: whether the layers measure it beside their norms.
+        regulariser: the one that this belongs to; a copy of a layer alone has none.
+    """
 
     def __init__(self) -> None:
-        self.is_open = False
+        self.depth = 0
+        self.has_begun = False
+        self.is_complete = False
         self.measures_nonlinearity = False
+        self.regulariser: weakref.ref[DREG] | None = None
+        self._caller: FrameType | None = None
+
+    def begin(self) -> bool:
+        """A call of the model begins. Whether it is a pass of its own, rather than a call inside one."""
+        if not torch.compiler.is_compiling():
+            if self._caller is not None and not _is_running(self._caller):
+                self.depth = 0
+            if self.depth == 0:
+                # Two frames up: the one that runs the hook, and then the forward.
+                self._caller = sys._getframe(2)
+        self.depth += 1
+        if self.depth > 1:
+            return False
+        self.has_begun = True
+        self.is_complete = False
+        return True
+
+    def complete(self) -> None:
+        """A call of the model has reached its end."""
+        if self.depth == 1:
+            self.is_complete = True
+
+    def end(self) -> None:
+        """A call of the model ends, by an exception or not."""
+        if self.depth > 0:
+            self.depth -= 1
+        if self.depth == 0:
+            self._caller = None
+
+    def forget_interrupted(self) -> None:
+        """Close a pass whose end was never told: PyTorch's hooks do not see a KeyboardInterrupt."""
+        if self._caller is None or not _is_running(self._caller):
+            self.depth = 0
+            self._caller = None
+
+    def clear(self) -> None:
+        """As if the model had not run."""
+        self.has_begun = self.is_complete = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has had no pass; its regulariser, where it is copied too, makes itself known.
+        return ForwardPass().__dict__
+
+
+def _is_running(frame: FrameType) -> bool:
+    current: FrameType | None = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
+
+
+def is_under_vmap() -> bool:
+    """Whether the code runs inside torch.vmap, at any level of nesting with other transforms.
+
+    What a value is there means nothing once the transform has ended, and it need not be a batched tensor itself: it
+    may be one that torch.func.grad has wrapped.
+    """
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise for a replica of torch.nn.DataParallel: it shares hooks and records with the module it was made of."""
+    if not torch.compiler.is_compiling() and getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            f"DREG: this {type(module).__name__} is a replica made by torch.nn.DataParallel, whose replicas would all "
+            "record in one place. Use torch.nn.parallel.DistributedDataParallel, or remove the regulariser"
+        )
 
 
 class JacobianRecord:
@@ -62,10 +147,9 @@ class JacobianRecord:
             if torch._C._current_graph_task_id() != -1:
                 self._check_recomputation(jac_sq)
                 return
-            # A value inside torch.vmap means nothing once the transform has ended.
-            if torch._C._functorch.is_batchedtensor(jac_sq):
+            if is_under_vmap():
                 return
-        if self.forward_pass.is_open:
+        if self.forward_pass.depth > 0:
             self.calls.append((jac_sq, units))
 
     def _check_recomputation(self, jac_sq: Tensor) -> None:

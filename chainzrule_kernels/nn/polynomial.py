@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from chainzrule_kernels import _checks
 from chainzrule_kernels.coefficients import check_count, check_degree
-from chainzrule_kernels.nn.jacobian_record import JacobianRecord
+from chainzrule_kernels.nn.jacobian_record import JacobianRecord, refuse_replica
 from chainzrule_kernels.ops.polynomial.op import polynomial
 
 
@@ -60,9 +63,17 @@ class Polynomial(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """``p(z)``."""
+        coeffs = self.coeffs
+        if coeffs.dim() == 2:
+            _checks.check_z(z)
+            if z.shape[-1] != coeffs.shape[1]:
+                raise ValueError(
+                    f"z: expected shape (..., num_channels) with num_channels = {coeffs.shape[1]}, got {tuple(z.shape)}"
+                )
         if self.jacobian_record is None:
-            return polynomial(z, self.coeffs)
-        return self.jacobian_record.polynomial(z, self.coeffs)
+            return polynomial(z, coeffs)
+        refuse_replica(self)
+        return self.jacobian_record.polynomial(z, coeffs)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
@@ -77,8 +88,8 @@ def reset_coefficients(coeffs: Tensor, noise: float) -> None:
 
 
 def check_noise(noise: float) -> None:
-    """Raise unless ``noise`` is a number of at least 0."""
+    """Raise unless ``noise`` is a finite number of at least 0."""
     if not isinstance(noise, int | float) or isinstance(noise, bool):
         raise TypeError(f"noise: expected a number, got {type(noise).__name__}")
-    if not noise >= 0:
-        raise ValueError(f"noise: expected at least 0, got {noise}")
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"noise: expected a finite number of at least 0, got {noise}")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from chainzrule_kernels import _checks
-from chainzrule_kernels.coefficients import check_count, check_degree
-from chainzrule_kernels.nn.jacobian_record import JacobianRecord
+from chainzrule_kernels.coefficients import check_count, check_degree, check_flag
+from chainzrule_kernels.nn.jacobian_record import JacobianRecord, refuse_replica
 from chainzrule_kernels.nn.polynomial import check_noise, reset_coefficients
 from chainzrule_kernels.ops._linear import linear_in_dtype_of_x
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
@@ -59,7 +59,9 @@ class PolynomialLinear(nn.Module):
         super().__init__()
         check_count("in_features", in_features)
         check_count("out_features", out_features)
+        check_flag("bias", bias)
         check_degree(degree)
+        check_flag("per_channel", per_channel)
         check_noise(noise)
         self.in_features = in_features
         self.out_features = out_features
@@ -82,14 +84,21 @@ class PolynomialLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``p(x Wᵀ + b)``."""
-        record = self.jacobian_record
-        if record is not None and record.linear is self and not record.forward_pass.measures_nonlinearity:
-            y, jac_sq = linear_polynomial_dreg(x, self.weight, self.bias, self.coeffs)
-            record.add(jac_sq, self.out_features)
-            return y
-        _checks.check_linear(x, self.weight, self.bias)
-        z = linear_in_dtype_of_x(x, self.weight, self.bias)
-        return polynomial(z, self.coeffs) if record is None else record.polynomial(z, self.coeffs)
+        weight, bias, coeffs, record = self.weight, self.bias, self.coeffs, self.jacobian_record
+        _checks.check_z(x, "x")
+        if x.shape[-1] != weight.shape[-1]:
+            raise ValueError(
+                f"x: expected shape (..., in_features) with in_features = {weight.shape[-1]}, got {tuple(x.shape)}"
+            )
+        if record is not None:
+            refuse_replica(self)
+            if record.linear is self and not record.forward_pass.measures_nonlinearity:
+                y, jac_sq = linear_polynomial_dreg(x, weight, bias, coeffs)
+                record.add(jac_sq, self.out_features)
+                return y
+        _checks.check_linear(x, weight, bias)
+        z = linear_in_dtype_of_x(x, weight, bias)
+        return polynomial(z, coeffs) if record is None else record.polynomial(z, coeffs)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
