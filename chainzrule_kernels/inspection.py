@@ -195,7 +195,7 @@ def inspect(variant: Variant, arch: str, dtype: str) -> Inspection:
     widths = _ptx_accesses(compiled.asm["ptx"]) if "ptx" in compiled.asm else _llvm_accesses(compiled.asm["llir"])
     read = _read_nvidia(compiled) if "cubin" in compiled.asm else _read_amd(compiled)
     element = itemsize(dtype)
-    threads = variant.tile.warps * (32 if "cubin" in compiled.asm else 64)
+    threads = variant.tile.warps * 32
     # What every thread moves of a tile, if it moves it in vectors.
     in_vectors = variant.tile.rows * variant.tile.columns * element // threads
 
@@ -233,7 +233,7 @@ def compile_for(variant: Variant, arch: str, dtype: str) -> tuple[Any, list[str]
     data = DTYPES[dtype]
     tangent = variant.kernel.startswith("tangent")
     kernel = getattr(_tangent_kernels_triton if tangent else _dreg_kernels_triton, variant.kernel)
-    given = of_tile(kernel, variant.tile)
+    given = of_tile(kernel, variant.tile, target.warp_size)
     given |= {"KIND": variant.kind, "DEGREE": variant.degree, "PER_CHANNEL": variant.per_channel}
     signature, constants, attributes, taken = {}, {}, {}, []
     for index, name in enumerate(kernel.arg_names):

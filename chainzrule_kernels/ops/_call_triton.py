@@ -107,8 +107,14 @@ def compile_for(kernel: Any, tiles: Sequence[Tile], arguments: Sequence[Any], co
             kernel.warmup(*arguments, **constants, **of_tile(kernel, tile), grid=(1,))
 
 
-def of_tile(kernel: Any, tile: Tile) -> dict[str, Any]:
-    """What a kernel is given of a tile, and how it is compiled."""
+def of_tile(kernel: Any, tile: Tile, lanes: int = 64 if torch.version.hip else 32) -> dict[str, Any]:
+    """What a kernel is given of a tile, and how it is compiled.
+
+    Args:
+        kernel: the Triton function.
+        tile: the tile.
+        lanes: threads of a warp: 64 on the AMD GPUs in question. A program has as many threads everywhere.
+    """
     options = {
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
@@ -117,4 +123,4 @@ def of_tile(kernel: Any, tile: Tile) -> dict[str, Any]:
         "UNROLL": tile.unroll,
     }
     taken = {name: value for name, value in options.items() if name in kernel.arg_names}
-    return {**taken, "num_warps": tile.warps, "enable_fp_fusion": True}
+    return {**taken, "num_warps": tile.warps * 32 // lanes, "enable_fp_fusion": True}

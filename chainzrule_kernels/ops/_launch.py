@@ -54,7 +54,7 @@ class Tile:
         vector: elements that a thread moves at once.
         shifted: whether rows are read from the boundary before their first element.
         unroll: tiles above one another that are loaded at once.
-        warps: of a program.
+        warps: of a program, at 32 threads each.
     """
 
     rows: int
