@@ -18,6 +18,9 @@ from chainzrule_kernels import backends
 
 FALLBACK = "operators-on-plain-pytorch"
 
+# Triton's interpreter has to be chosen before Triton is imported: tests/test_triton_interpreter.py runs these.
+collect_ignore = ["interpreter"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # On a GPU a test calls many kernels, each with few shapes.
