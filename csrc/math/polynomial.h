@@ -10,6 +10,13 @@ struct Polynomial {
   static constexpr int kCoefficients = Degree + 1;
   Real coefficients[kCoefficients];
 
+  // p', as a polynomial of its own.
+  CHAINZRULE_INLINE Polynomial<Real, Degree - 1> derivative() const {
+    Polynomial<Real, Degree - 1> result;
+    unrolled<Degree>([&](auto k) { result.coefficients[k] = Element<Real>(k + 1) * coefficients[k + 1]; });
+    return result;
+  }
+
   CHAINZRULE_INLINE Jet<Real> jet(Real z) const {
     // Horner's rule for p, and the same recurrence differentiated: p' and p''/2 ride along. Their first steps are written as
     // assignments, because 0 * Inf is not 0.
@@ -24,6 +31,13 @@ struct Polynomial {
     });
     return {value, slope, half_curvature + half_curvature};
   }
+};
+
+template <class Real>
+struct Polynomial<Real, 0> {
+  Real coefficients[1];
+
+  CHAINZRULE_INLINE Jet<Real> jet(Real) const { return {coefficients[0], Real{}, Real{}}; }
 };
 
 // Adds to sums[k] what one element contributes to the gradient of coefficient k: g_y z^k + h k z^(k-1), where g_y is the
