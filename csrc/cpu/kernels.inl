@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 
 #include "cpu/arguments.h"
@@ -305,16 +306,52 @@ CHAINZRULE_INLINE S* at(const Matrix& matrix, int64_t row, int64_t column) {
   return matrix.data ? static_cast<S*>(matrix.data) + row * matrix.row_stride + column : nullptr;
 }
 
-template <class E>
-CHAINZRULE_INLINE const E* parameters_at(const void* parameters, int64_t column) {
-  return parameters ? static_cast<const E*>(parameters) + column : nullptr;
-}
+// Between arrays that a loop reads side by side: not a multiple of 4096 bytes, at which they would share the lines of the
+// first-level cache and wait for each other's stores.
+constexpr int64_t kSkew = 48;
+constexpr int64_t kSumsStride = kColumnsPerSum + kSkew;
 
-// The coefficients as the chunk at `column` needs them.
+// The parameters of the channels of a tile, as its chunks read them: copied side by side with a skew where the tile has rows
+// enough to make that worth while, and where they lie otherwise.
 template <class E>
-CHAINZRULE_INLINE const E* coefficients_at(const FunctionSpec& function, int64_t column) {
-  return parameters_at<E>(function.coefficients, function.per_channel ? column : 0);
-}
+class TileParameters {
+ public:
+  TileParameters(const FunctionSpec& function, const void* row_sq, const Tile& tile, int64_t columns)
+      : coefficients_(static_cast<const E*>(function.coefficients)), row_sq_(static_cast<const E*>(row_sq)), stride_(columns) {
+    const int64_t count = function.per_channel ? function.degree + 1 : 0;
+    shared_ = count == 0;
+    if ((count == 0 && !row_sq_) || tile.row_end - tile.row_begin < 8) return;
+    const int64_t width = tile.column_end - tile.column_begin;
+    const int64_t skewed = (width + kColumnsPerSum - 1) / kColumnsPerSum * kColumnsPerSum + kSkew;
+    copy_.reset(new E[static_cast<size_t>((count + 1) * skewed)]);
+    for (int64_t k = 0; k < count; ++k) {
+      std::copy_n(coefficients_ + k * columns + tile.column_begin, width, copy_.get() + k * skewed);
+    }
+    if (row_sq_) {
+      std::copy_n(row_sq_ + tile.column_begin, width, copy_.get() + count * skewed);
+      row_sq_ = copy_.get() + count * skewed;
+      row_sq_begin_ = tile.column_begin;
+    }
+    if (count > 0) {
+      coefficients_ = copy_.get();
+      coefficients_begin_ = tile.column_begin;
+      stride_ = skewed;
+    }
+  }
+
+  const E* coefficients(int64_t column) const { return shared_ ? coefficients_ : coefficients_ + (column - coefficients_begin_); }
+  int64_t stride() const { return stride_; }
+  const E* row_sq(int64_t column) const { return row_sq_ ? row_sq_ + (column - row_sq_begin_) : nullptr; }
+
+ private:
+  const E* coefficients_;
+  const E* row_sq_;
+  int64_t stride_;
+  int64_t coefficients_begin_ = 0;
+  int64_t row_sq_begin_ = 0;
+  bool shared_ = false;
+  std::unique_ptr<E[]> copy_;
+};
 
 // A norm is complete when the tile holds whole rows; otherwise it is one of several parts.
 template <class E>
@@ -333,6 +370,7 @@ void dreg_forward_tile(const DregForward& a, const Tile& tile, int64_t split) {
   using E = typename ComputeOf<S>::type;
   const bool wants_norm = a.norm || a.norm_partials;
   const ChunkFunctions<E> functions = chunk_functions<E>(a.function);
+  const TileParameters<E> parameters(a.function, a.row_sq, tile, a.columns);
   Buffer<E> z_buffer, y_buffer, derivative_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     double norm = 0;
@@ -340,12 +378,12 @@ void dreg_forward_tile(const DregForward& a, const Tile& tile, int64_t split) {
       const int64_t n = std::min(kChunk<E>, tile.column_end - column);
       S* y = at<S>(a.y, row, column);
       S* derivative = at<S>(a.derivative, row, column);
-      const ForwardChunk<E> chunk{coefficients_at<E>(a.function, column),
-                                  a.columns,
+      const ForwardChunk<E> chunk{parameters.coefficients(column),
+                                  parameters.stride(),
                                   read(at<S>(a.z, row, column), n, z_buffer),
                                   target(y, y_buffer),
                                   target(derivative, derivative_buffer),
-                                  parameters_at<E>(a.row_sq, column),
+                                  parameters.row_sq(column),
                                   n};
       norm += (wants_norm ? functions.value_and_norm : functions.value)(chunk);
       finish(y, n, y_buffer);
@@ -375,6 +413,7 @@ template <class S>
 void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t split) {
   using E = typename ComputeOf<S>::type;
   const ChunkFunctions<E> functions = chunk_functions<E>(a.function);
+  const TileParameters<E> parameters(a.function, nullptr, tile, a.columns);
   Buffer<E> z_buffer, y_buffer, slope_buffer, z_dot_buffer, y_dot_buffer;
   std::array<double, kMaxTangentsAtOnce> norms;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
@@ -385,7 +424,7 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
       for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
         const int64_t n = std::min(kChunk<E>, tile.column_end - column);
         S* y = at<S>(a.y, row, column);
-        functions.value_and_norm({coefficients_at<E>(a.function, column), a.columns,
+        functions.value_and_norm({parameters.coefficients(column), parameters.stride(),
                                   read(at<S>(a.z, row, column), n, z_buffer), target(y, y_buffer), slope_buffer.data,
                                   nullptr, n});
         if (first == 0) finish(y, n, y_buffer);
@@ -418,7 +457,7 @@ class ParameterSums {
         columns_(columns),
         sums_(sums) {
     if (per_channel_) {
-      for (int k = 0; k < coefficients_; ++k) std::fill_n(recent_ + k * kColumnsPerSum, width_, E(0));
+      for (int k = 0; k < coefficients_; ++k) std::fill_n(recent_ + k * kSumsStride, width_, E(0));
       for (int k = 0; sums_.coefficients && k < coefficients_; ++k) std::fill_n(total_of(k), width_, 0.0);
     } else {
       std::fill_n(recent_, coefficients_ * kLanes<E>, E(0));
@@ -474,7 +513,7 @@ class ParameterSums {
     recent_rows_ = 0;
     if (per_channel_) {
       for (int k = 0; k < coefficients_; ++k) {
-        if (sums_.coefficients) add_to(total_of(k), recent_ + k * kColumnsPerSum);
+        if (sums_.coefficients) add_to(total_of(k), recent_ + k * kSumsStride);
       }
     }
     if (sums_.row_sq) add_to(sums_.row_sq + first_column_, recent_row_sq_);
@@ -495,7 +534,7 @@ class ParameterSums {
   int64_t recent_elements_ = 0;
   alignas(64) double lanes_[(kMaxDegree + 1) * kLanes<E>];
   alignas(64) double lost_[(kMaxDegree + 1) * kLanes<E>];
-  alignas(64) E recent_[(kMaxDegree + 1) * kColumnsPerSum];
+  alignas(64) E recent_[(kMaxDegree + 1) * kSumsStride];
   alignas(64) E recent_row_sq_[kColumnsPerSum];
 };
 
@@ -505,6 +544,7 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
   const bool of_slope = a.grad_norm || a.grad_derivative.data;
   const Gradients gradients = !of_slope ? kOfValue : a.grad_y.data ? kOfBoth : kOfSlope;
   const auto backward = chunk_functions<E>(a.function).backward[gradients];
+  const TileParameters<E> parameters(a.function, a.row_sq, tile, a.columns);
   ParameterSums<E> sums(a.function, tile, a.columns, wanted);
   Buffer<E> z_buffer, grad_y_buffer, grad_derivative_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
@@ -514,11 +554,11 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
       const S* grad_y = at<S>(a.grad_y, row, column);
       const S* grad_derivative = at<S>(a.grad_derivative, row, column);
       S* grad_z = at<S>(a.grad_z, row, column);
-      backward({coefficients_at<E>(a.function, column), a.columns, read(at<S>(a.z, row, column), n, z_buffer),
+      backward({parameters.coefficients(column), parameters.stride(), read(at<S>(a.z, row, column), n, z_buffer),
                 grad_y ? read(grad_y, n, grad_y_buffer) : nullptr,
                 grad_derivative ? read(grad_derivative, n, grad_derivative_buffer) : nullptr,
-                parameters_at<E>(a.row_sq, column), a.grad_norm != nullptr, E(2) * grad_norm,
-                target(grad_z, grad_z_buffer), sums.coefficients_at(column), kColumnsPerSum, sums.row_sq_at(column), n});
+                parameters.row_sq(column), a.grad_norm != nullptr, E(2) * grad_norm,
+                target(grad_z, grad_z_buffer), sums.coefficients_at(column), kSumsStride, sums.row_sq_at(column), n});
       finish(grad_z, n, grad_z_buffer);
       sums.end_chunk(n);
     }
@@ -552,15 +592,16 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
   const bool of_slope = a.tangents > 0 && (a.grad_y_dot.data || a.grad_norm);
   const Gradients gradients = !of_slope ? kOfValue : a.grad_y.data ? kOfBoth : kOfSlope;
   const ChunkFunctions<E> functions = chunk_functions<E>(a.function);
+  const TileParameters<E> parameters(a.function, nullptr, tile, a.columns);
   ParameterSums<E> sums(a.function, tile, a.columns, wanted);
   Buffer<E> z_buffer, value_buffer, slope_buffer, z_dot_buffer, grad_y_dot_buffer, grad_z_dot_buffer;
   Buffer<E> grad_y_buffer, grad_slope_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
       const int64_t n = std::min(kChunk<E>, tile.column_end - column);
-      const E* coefficients = coefficients_at<E>(a.function, column);
+      const E* coefficients = parameters.coefficients(column);
       const E* z = read(at<S>(a.z, row, column), n, z_buffer);
-      functions.value_and_norm({coefficients, a.columns, z, value_buffer.data, slope_buffer.data, nullptr, n});
+      functions.value_and_norm({coefficients, parameters.stride(), z, value_buffer.data, slope_buffer.data, nullptr, n});
       std::fill_n(grad_slope_buffer.data, n, E(0));
       for (int64_t t = 0; t < a.tangents; ++t) {
         const S* z_dot = at<S>(a.z_dot, row, column) + t * a.z_dot_tangent_stride;
@@ -579,9 +620,9 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
       }
       const S* grad_y = at<S>(a.grad_y, row, column);
       S* grad_z = at<S>(a.grad_z, row, column);
-      functions.backward[gradients]({coefficients, a.columns, z, grad_y ? read(grad_y, n, grad_y_buffer) : nullptr,
+      functions.backward[gradients]({coefficients, parameters.stride(), z, grad_y ? read(grad_y, n, grad_y_buffer) : nullptr,
                                      of_slope ? grad_slope_buffer.data : nullptr, nullptr, false, E(0),
-                                     target(grad_z, grad_z_buffer), sums.coefficients_at(column), kColumnsPerSum, nullptr,
+                                     target(grad_z, grad_z_buffer), sums.coefficients_at(column), kSumsStride, nullptr,
                                      n});
       finish(grad_z, n, grad_z_buffer);
       sums.end_chunk(n);
