@@ -2,11 +2,12 @@
 
 from chainzrule_kernels import _native as _native
 from chainzrule_kernels import _triton as _triton
-from chainzrule_kernels import coefficients, nn, reference, schedules
+from chainzrule_kernels import coefficients, nn, reference, regularisers, schedules
 from chainzrule_kernels.backends import Explanation, backend, explain
 from chainzrule_kernels.diagnostics import peak_volatility, tail_ratio
 from chainzrule_kernels.dreg import DREG, Reduction
 from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE
+from chainzrule_kernels.monitor import JacobianMonitor, Measurement
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
 from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
 from chainzrule_kernels.ops.activation_tangent.op import activation_tangent
@@ -24,6 +25,8 @@ __all__ = [
     "DREG",
     "MAX_DEGREE",
     "Explanation",
+    "JacobianMonitor",
+    "Measurement",
     "Reduction",
     "activation_dreg",
     "activation_spatial_dreg",
@@ -40,6 +43,7 @@ __all__ = [
     "polynomial_spatial_dreg",
     "polynomial_tangent",
     "reference",
+    "regularisers",
     "schedules",
     "tail_ratio",
 ]
