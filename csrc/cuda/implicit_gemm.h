@@ -49,7 +49,8 @@ struct FusedConvolution {
     if (tile.m() >= params.tiles.m() || tile.n() >= params.tiles.n()) return;
 
     const int thread = static_cast<int>(threadIdx.x);
-    const int warp = cutlass::canonical_warp_idx_sync();
+    // From lane 0, so that the compiler knows that it is the same for the whole warp.
+    const int warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);
     const int lane = thread % 32;
     // The iterators advance pointers and write through none of them.
     typename Mma::IteratorA x_iterator(params.x_iterator, params.problem, const_cast<Element*>(params.x), thread,
@@ -138,15 +139,16 @@ struct ConvolutionKernel {
     epilogue.row_sums = c.row_sums;
     epilogue.row_sums_stride = c.row_sums_stride;
 
+    void (*const kernel)(typename Kernel::Params) = &cutlass::Kernel<Kernel>;
     constexpr int kSharedBytes = int(sizeof(typename Kernel::SharedStorage));
     if constexpr (kSharedBytes > (48 << 10)) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(cutlass::Kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
       if (error != cudaSuccess) return cudaGetErrorString(error);
     }
     const dim3 grid = Swizzle::get_grid_shape(params.tiles);
-    cutlass::Kernel<Kernel><<<grid, Kernel::kThreadCount, kSharedBytes, stream>>>(params);
-    const cudaError_t error = cudaGetLastError();
+    void* arguments[] = {&params};
+    const cudaError_t error =
+        cudaLaunchKernel(kernel, grid, dim3(Kernel::kThreadCount), arguments, kSharedBytes, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
 };

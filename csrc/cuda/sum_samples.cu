@@ -31,8 +31,9 @@ __global__ void sum_samples_kernel(const float* __restrict__ row_sums, int64_t r
 const char* sum_samples(const float* row_sums, int64_t row_sums_stride, int tiles, int64_t batch, int64_t rows_per_sample,
                         float* result, cudaStream_t stream) {
   if (batch == 0) return nullptr;
-  sum_samples_kernel<<<static_cast<unsigned>(batch), kThreads, 0, stream>>>(row_sums, row_sums_stride, tiles, rows_per_sample, result);
-  const cudaError_t error = cudaGetLastError();
+  void* arguments[] = {&row_sums, &row_sums_stride, &tiles, &rows_per_sample, &result};
+  const cudaError_t error = cudaLaunchKernel(&sum_samples_kernel, dim3(static_cast<unsigned>(batch)), dim3(kThreads),
+                                             arguments, 0, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
