@@ -96,8 +96,10 @@ def test_explain_gives_a_reason_for_every_other_backend(case: Case) -> None:
     assert explanation.op == case.op
     assert {explanation.backend, *explanation.reasons} == set(backends.BACKENDS)
     assert explanation.backend not in explanation.reasons
-    assert explanation.reasons["cuda"] == f"this version has no cuda kernel for {case.op}"
-    assert explanation.reasons["triton"] == "it serves CUDA tensors, and this one is on cpu"
+    elsewhere = "it serves CUDA tensors, and this one is on cpu"
+    no_kernel = f"this version has no cuda kernel for {case.op}"
+    assert explanation.reasons["cuda"] == (elsewhere if case.op.startswith("polynomial_conv") else no_kernel)
+    assert explanation.reasons["triton"] == elsewhere
     lines = str(explanation).splitlines()
     assert lines[0] == f"{case.op}: served by {explanation.backend}"
     assert len(lines) == len(backends.BACKENDS)
