@@ -14,6 +14,7 @@ from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_d
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
+from chainzrule_kernels.polykervnet import from_polykervnet, polykervnet_report, to_polykervnet
 
 __version__ = "0.1.0"
 
@@ -28,14 +29,17 @@ __all__ = [
     "backend",
     "coefficients",
     "explain",
+    "from_polykervnet",
     "linear_activation_dreg",
     "linear_polynomial_dreg",
     "nn",
     "peak_volatility",
+    "polykervnet_report",
     "polynomial",
     "polynomial_dreg",
     "polynomial_tangent",
     "reference",
     "schedules",
     "tail_ratio",
+    "to_polykervnet",
 ]

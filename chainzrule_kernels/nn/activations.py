@@ -78,6 +78,8 @@ class ActPKN(_ScalarActivation):
         TypeError, ValueError: for arguments out of range.
     """
 
+    c: nn.Parameter
+
     def __init__(
         self,
         degree: int = 2,
@@ -116,6 +118,10 @@ class ReactPKN(_ScalarActivation):
     Raises:
         TypeError, ValueError: for arguments out of range.
     """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    c: nn.Parameter
 
     def __init__(
         self,
@@ -186,7 +192,8 @@ class PolyReLU(nn.Module):
         ``(...) -> (...)``, at least one dimension, in the dtype of the input.
 
     Attributes:
-        weight: ``(D,)``, in ascending powers, each starting at ``1/D``; for the published ``D = 3`` that is 1/3.
+        weight: ``(D,)``, in ascending powers (the authors' code has them descending), each starting at ``1/D``; for
+            the published ``D = 3`` that is 1/3.
         bias: 0-d, starting at 0.
 
     Raises:
