@@ -184,9 +184,9 @@ class _LearnedCoefficients(PolynomialConvolution):
         check_degree(degree)
         check_flag("per_channel", per_channel)
         check_noise(noise)
-        super().__init__(  # type: ignore[call-arg]
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
+        convolution = in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        arguments: tuple[Any, ...] = *convolution, device, dtype
+        super().__init__(*arguments)
         self.degree = degree
         self.per_channel = per_channel
         self.noise = noise
@@ -257,7 +257,8 @@ class _ShiftedPowerConv2d(ScalarParameters, _Convolution2d):
     ) -> None:
         check_flag("bias", convolution[7])
         check_degree(degree)
-        super().__init__(*convolution, device, dtype)
+        arguments: tuple[Any, ...] = *convolution, device, dtype
+        super().__init__(*arguments)
         self.degree = degree
         self.add_scalars(starts, learnable, device, dtype)
 
