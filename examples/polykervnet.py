@@ -20,7 +20,7 @@ from image_classification.training import Run, Settings
 
 import chainzrule_kernels as ck
 
-QUICK = {"depth": 10, "width": 16, "epochs": 8, "batch": 64}
+QUICK = {"depth": 10, "width": 16, "epochs": 30, "batch": 64}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -11,15 +11,23 @@ from torch import Tensor, nn
 
 from chainzrule_kernels import coefficients
 from chainzrule_kernels.coefficients import check_degree
-from chainzrule_kernels.nn.jacobian_record import JacobianRecord, refuse_replica
+from chainzrule_kernels.functions import Polynomial, compute_dtype
+from chainzrule_kernels.functions.base import ScalarFunction
+from chainzrule_kernels.nn.jacobian_record import (
+    ActivationRecords,
+    JacobianRecord,
+    LearnablePolynomial,
+    active_record,
+)
 from chainzrule_kernels.nn.scalar_parameters import ScalarParameters
 from chainzrule_kernels.ops.polynomial.op import polynomial
+from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 
 
 class PolynomialActivation(nn.Module):
     """``y = p(x)`` for every element, with the coefficients that a subclass builds."""
 
-    jacobian_record: JacobianRecord | None = None  # set on the instance by DREG
+    jacobian_record: JacobianRecord | ActivationRecords | None = None  # set on the instance by DREG
 
     def coefficients(self) -> Tensor:
         """``coeffs (D+1,)`` in ascending powers, as a differentiable function of the parameters."""
@@ -27,11 +35,9 @@ class PolynomialActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``p(x)``."""
-        record = self.jacobian_record
-        if record is None:
-            return polynomial(x, self.coefficients())
-        refuse_replica(self)
-        return record.polynomial(x, self.coefficients())
+        record = active_record(self)
+        coeffs = self.coefficients()
+        return polynomial(x, coeffs) if record is None else record.polynomial(x, coeffs)
 
 
 class _ScalarActivation(ScalarParameters, PolynomialActivation):
@@ -181,7 +187,7 @@ class Hermite(PolynomialActivation):
         return f"degree={self.degree}"
 
 
-class PolyReLU(nn.Module):
+class PolyReLU(PolynomialActivation):
     r"""``y = bias + Σ_k weight_k relu(x)^k``, ``k = 1 … D`` (PolyCom, arXiv 2411.03884).
 
     Args:
@@ -221,8 +227,45 @@ class PolyReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``p(relu(x))``."""
-        return polynomial(torch.relu(x), self.coefficients())
+        record = active_record(self)
+        coeffs = self.coefficients()
+        if isinstance(record, ActivationRecords):
+            y = record.apply(_RectifiedPolynomial(coeffs), x)
+            if y is not None:
+                return y
+        return polynomial(torch.relu(x), coeffs)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
         return f"degree={self.degree}"
+
+
+class _RectifiedPolynomial(LearnablePolynomial):
+    """``p(relu(x))`` as records call it."""
+
+    @property
+    def scalar(self) -> ScalarFunction:
+        """The function of one number."""
+        return self
+
+    def derivatives(self, z: Tensor, order: int) -> tuple[Tensor, ...]:
+        """The value and the derivatives up to ``order``."""
+        value, *slopes = Polynomial(self.coeffs).derivatives(torch.relu(z), order)
+        return value, *(slope * (z > 0) for slope in slopes)
+
+    def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``jac_sq`` over the last dimension."""
+        y, squares = self._squares(z)
+        return y, (squares if row_sq is None else squares * row_sq).sum(-1)
+
+    def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
+        y, squares = self._squares(z)
+        if tap_sq is not None:
+            squares = squares * (tap_sq if tap_sq.dim() > 1 else tap_sq.view(-1, *(1,) * (z.dim() - 2)))
+        return y, squares.flatten(1).sum(1)
+
+    def _squares(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``y``, and the squared slope of every element: 0 where relu is flat, whatever the slope of ``p`` at 0."""
+        y, _, slope = polynomial_dreg(torch.relu(z), self.coeffs, return_derivative=True)
+        return y, (slope * (z > 0)).to(compute_dtype(z)).square()

@@ -20,10 +20,15 @@ from chainzrule_kernels._standin_conv import (
     polynomial_conv1d_dreg,
     polynomial_conv2d,
     polynomial_conv2d_dreg,
-    polynomial_spatial_dreg,
+    squared_tap_norms,
 )
 from chainzrule_kernels.coefficients import check_degree, check_flag
-from chainzrule_kernels.nn.jacobian_record import JacobianRecord, refuse_replica
+from chainzrule_kernels.nn.jacobian_record import (
+    ActivationRecords,
+    JacobianRecord,
+    LearnablePolynomial,
+    active_record,
+)
 from chainzrule_kernels.nn.polynomial import check_noise, reset_coefficients
 from chainzrule_kernels.nn.scalar_parameters import ScalarParameters
 
@@ -38,7 +43,7 @@ class PolynomialConvolution(nn.modules.conv._ConvNd):
         degree: of the polynomial.
     """
 
-    jacobian_record: JacobianRecord | None = None  # set on the instance by DREG
+    jacobian_record: JacobianRecord | ActivationRecords | None = None  # set on the instance by DREG
 
     _plain: ClassVar[type[nn.modules.conv._ConvNd]]
     _convolution: ClassVar[Any]
@@ -129,16 +134,25 @@ class PolynomialConvolution(nn.modules.conv._ConvNd):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self.stride)
         geometry = self.stride, padding, self.dilation, self.groups
-        coeffs, record = self.coefficients(), self.jacobian_record
-        if record is None:
-            return self._polynomial_convolution(x, self.weight, self.inner_bias, coeffs, *geometry)
-        refuse_replica(self)
-        if record.linear is self:
-            y, jac_sq = self._polynomial_convolution_dreg(x, self.weight, self.inner_bias, coeffs, *geometry)
-        else:
-            y, jac_sq = polynomial_spatial_dreg(self._convolution(x, self.weight, self.inner_bias, *geometry), coeffs)
-        record.add(jac_sq, math.prod(y.shape[-1 - len(self.stride) :]))
-        return y
+        arguments = x, self.weight, self.inner_bias, self.coefficients(), *geometry
+        record = active_record(self)
+        if not isinstance(record, JacobianRecord):
+            return self._polynomial_convolution(*arguments)
+        return self._recorded(record, *arguments)
+
+    def _recorded(
+        self, record: JacobianRecord, x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor, *geometry: Any
+    ) -> Tensor:
+        """``p(conv(x, W) + b)``, with the Jacobian norm recorded."""
+        with_weight = record.linear is self
+        spatial = len(self.stride)
+        if with_weight and not record.forward_pass.measures_nonlinearity:
+            y, jac_sq = self._polynomial_convolution_dreg(x, weight, bias, coeffs, *geometry)
+            record.add(jac_sq, math.prod(y.shape[-1 - spatial :]))
+            return y
+        z = self._convolution(x, weight, bias, *geometry)
+        tap_sq = squared_tap_norms(x, weight, *geometry) if with_weight else None
+        return record.apply(LearnablePolynomial(coeffs), z, tap_sq, spatial)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
