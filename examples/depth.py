@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from image_classification import data
-from image_classification.resnet import DEPTHS, ResNet
-from image_classification.training import write_atomically
 from torch import Tensor, nn
 
 import chainzrule_kernels as ck
+from image_classification import data
+from image_classification.resnet import DEPTHS, ResNet
+from image_classification.training import write_atomically
 
 KERNELS = ("relu", "pkn", "rpkn")
 LEARNING_RATE = 1e-3

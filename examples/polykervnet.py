@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
+
+import chainzrule_kernels as ck
 from image_classification import data, training
 from image_classification.resnet import DEPTHS
 from image_classification.training import Run, Settings
-
-import chainzrule_kernels as ck
 
 QUICK = {"depth": 10, "width": 16, "epochs": 30, "batch": 64}
 

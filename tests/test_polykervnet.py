@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import chainzrule_kernels as ck
-from examples.image_classification.resnet import ResNet
+from image_classification.resnet import ResNet
 
 KERNELS = {"rpkn": ck.nn.RPKNConv2d, "pkn": ck.nn.PKNConv2d, "kerv": ck.nn.KervConv2d}
 ACTIVATIONS = {"react": ck.nn.ReactPKN, "act": ck.nn.ActPKN}

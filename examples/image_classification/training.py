@@ -84,6 +84,11 @@ class Epoch:
     gradient_norm: float
     teacher_test_accuracy: float | None = None
 
+    def as_json(self) -> dict[str, float | None]:
+        """JSON has no number for what is not finite."""
+        values = dataclasses.asdict(self)
+        return {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+
 
 class Divergence(RuntimeError):
     """The loss is no longer finite."""
@@ -293,7 +298,7 @@ class Run:
         self.sums = [0.0, 0.0, 0.0]
         write_atomically(
             self.output / HISTORY,
-            lambda path: path.write_text(json.dumps([dataclasses.asdict(row) for row in self.history], indent=1)),
+            lambda path: path.write_text(json.dumps([row.as_json() for row in self.history], indent=1)),
         )
 
     def evaluate(self, who: str) -> tuple[float, float]:
