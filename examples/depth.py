@@ -138,7 +138,7 @@ def draw(path: Path, measurements: list[Measurement]) -> None:
                         broken.append(NAMES[one.kernel])
                 if broken:
                     axes.text(
-                        0.5, 0.5, f"{', '.join(broken)}: not finite", ha="center", transform=axes.transAxes,
+                        0.5, 0.72, f"{', '.join(broken)}: not finite", ha="center", transform=axes.transAxes,
                         color=COLOURS["pkn"],
                     )  # fmt: skip
                 axes.set(yscale="log", title=f"{depth} layers, {'' if has_batch_norm else 'no '}batch norm")

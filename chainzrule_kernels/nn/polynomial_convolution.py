@@ -15,13 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chainzrule_kernels import _checks, coefficients
-from chainzrule_kernels._standin_conv import (
-    polynomial_conv1d,
-    polynomial_conv1d_dreg,
-    polynomial_conv2d,
-    polynomial_conv2d_dreg,
-    squared_tap_norms,
-)
 from chainzrule_kernels.coefficients import check_degree, check_flag
 from chainzrule_kernels.nn.jacobian_record import (
     ActivationRecords,
@@ -31,6 +24,11 @@ from chainzrule_kernels.nn.jacobian_record import (
 )
 from chainzrule_kernels.nn.polynomial import check_noise, reset_coefficients
 from chainzrule_kernels.nn.scalar_parameters import ScalarParameters
+from chainzrule_kernels.ops._convolution import geometry, squared_taps
+from chainzrule_kernels.ops.polynomial_conv1d.op import polynomial_conv1d
+from chainzrule_kernels.ops.polynomial_conv1d_dreg.op import polynomial_conv1d_dreg
+from chainzrule_kernels.ops.polynomial_conv2d.op import polynomial_conv2d
+from chainzrule_kernels.ops.polynomial_conv2d_dreg.op import polynomial_conv2d_dreg
 
 Numbers = int | tuple[int, ...]
 Self = TypeVar("Self", bound="PolynomialConvolution")
@@ -133,25 +131,33 @@ class PolynomialConvolution(nn.modules.conv._ConvNd):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self.stride)
-        geometry = self.stride, padding, self.dilation, self.groups
-        arguments = x, self.weight, self.inner_bias, self.coefficients(), *geometry
+        arguments = (
+            x,
+            self.weight,
+            self.inner_bias,
+            self.coefficients(),
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )
         record = active_record(self)
         if not isinstance(record, JacobianRecord):
             return self._polynomial_convolution(*arguments)
         return self._recorded(record, *arguments)
 
     def _recorded(
-        self, record: JacobianRecord, x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor, *geometry: Any
+        self, record: JacobianRecord, x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor, *where: Any
     ) -> Tensor:
         """``p(conv(x, W) + b)``, with the Jacobian norm recorded."""
         with_weight = record.linear is self
         spatial = len(self.stride)
         if with_weight and not record.forward_pass.measures_nonlinearity:
-            y, jac_sq = self._polynomial_convolution_dreg(x, weight, bias, coeffs, *geometry)
+            y, jac_sq = self._polynomial_convolution_dreg(x, weight, bias, coeffs, *where)
             record.add(jac_sq, math.prod(y.shape[-1 - spatial :]))
             return y
-        z = self._convolution(x, weight, bias, *geometry)
-        tap_sq = squared_tap_norms(x, weight, *geometry) if with_weight else None
+        z = self._convolution(x, weight, bias, *where)
+        tap_sq = squared_taps(weight, x, geometry(weight.shape[2:], *where[:3])) if with_weight else None
         return record.apply(LearnablePolynomial(coeffs), z, tap_sq, spatial)
 
     def extra_repr(self) -> str:
