@@ -63,8 +63,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(**{**values, "clip": values["clip"] or None})
 
 
-def main() -> int:
-    options = parse()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     try:
         settings = settings_of(options)
         if (options.output / training.CHECKPOINT).exists() != options.resume:

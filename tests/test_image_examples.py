@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import depth
+import polykervnet
 from image_classification import data, training
 from image_classification.resnet import ResNet
 from image_classification.training import Run, Settings
@@ -143,9 +144,10 @@ def test_every_optimizer_learns_and_resumes_to_the_same_end(optimizer, digits, t
 
 @pytest.mark.parametrize("distillation", ["published", "soft"])
 def test_distillation_trains_student_and_teacher(distillation, digits, tmp_path):
-    run = trained(replace(TINY, distillation=distillation, augment=True, epochs=3), digits, tmp_path)
+    settings = replace(TINY, width=4, epochs=3, batch=128, learning_rate=0.01, distillation=distillation)
+    run = trained(settings, digits, tmp_path)
     assert run.history[-1].train_loss < run.history[0].train_loss
-    assert run.history[-1].teacher_test_accuracy > 0.15
+    assert run.history[-1].teacher_test_accuracy > 0.3  # a tenth by guessing
 
 
 def test_losses_of_the_student():
@@ -202,7 +204,7 @@ def test_a_file_is_old_or_new_but_never_half(tmp_path):
 
 
 def test_script_goes_on_after_kill_and_ends_the_same(tmp_path):
-    options = ["--depth", "10", "--width", "2", "--epochs", "2", "--batch", "64", "--kernel", "react"]
+    options = ["--depth", "10", "--width", "2", "--epochs", "2", "--batch", "128", "--kernel", "react"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     finished = subprocess.run(
         script("polykervnet.py", *options, "--output", str(whole)), env=ENVIRONMENT, capture_output=True, text=True
@@ -215,15 +217,26 @@ def test_script_goes_on_after_kill_and_ends_the_same(tmp_path):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    refused = subprocess.run(resumed, env=ENVIRONMENT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "there is a checkpoint" in refused.stderr
     finished = subprocess.run([*resumed, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((parts / training.HISTORY).read_text()) == json.loads((whole / training.HISTORY).read_text())
     states = [torch.load(folder / training.CHECKPOINT, weights_only=True) for folder in (whole, parts)]
     mine, theirs = (state["learners"]["student"]["model"] for state in states)
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def test_script_neither_overwrites_a_run_nor_resumes_none(tmp_path, capsys):
+    assert polykervnet.main(["--resume", "--output", str(tmp_path)]) == 2
+    assert f"there is no checkpoint in {tmp_path}; leave out --resume" in capsys.readouterr().err
+    (tmp_path / training.CHECKPOINT).touch()
+    assert polykervnet.main(["--output", str(tmp_path)]) == 2
+    assert f"there is a checkpoint in {tmp_path}; pass --resume" in capsys.readouterr().err
+
+
+def test_quick_gives_way_to_what_is_asked_for():
+    settings = polykervnet.settings_of(polykervnet.parse(["--quick", "--width", "7", "--clip", "0"]))
+    assert (settings.depth, settings.width, settings.clip) == (10, 7, None)
+    assert polykervnet.settings_of(polykervnet.parse([])) == Settings()
 
 
 def test_resnet_has_the_layers_of_its_depth():
