@@ -146,8 +146,9 @@ def test_every_optimizer_learns_and_resumes_to_the_same_end(optimizer, digits, t
 def test_distillation_trains_student_and_teacher(distillation, digits, tmp_path):
     settings = replace(TINY, width=4, epochs=3, batch=128, learning_rate=0.01, distillation=distillation)
     run = trained(settings, digits, tmp_path)
-    assert run.history[-1].train_loss < run.history[0].train_loss
-    assert run.history[-1].teacher_test_accuracy > 0.3  # a tenth by guessing
+    # A tenth by guessing. The loss says less: it may grow while the teacher becomes surer.
+    assert run.history[-1].train_accuracy > 0.5
+    assert run.history[-1].teacher_test_accuracy > 0.5
 
 
 def test_losses_of_the_student():
