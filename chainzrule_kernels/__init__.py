@@ -15,6 +15,7 @@ from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_d
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
+from chainzrule_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
 
@@ -41,5 +42,7 @@ __all__ = [
     "reference",
     "regularisers",
     "schedules",
+    "swap",
     "tail_ratio",
+    "unswap",
 ]
