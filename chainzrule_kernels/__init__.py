@@ -9,11 +9,13 @@ from chainzrule_kernels.dreg import DREG, Reduction
 from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE
 from chainzrule_kernels.monitor import JacobianMonitor, Measurement
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
+from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
 from chainzrule_kernels.ops.activation_tangent.op import activation_tangent
 from chainzrule_kernels.ops.linear_activation_dreg.op import linear_activation_dreg
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
+from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
 from chainzrule_kernels.swap import swap, unswap
 
@@ -28,6 +30,7 @@ __all__ = [
     "Measurement",
     "Reduction",
     "activation_dreg",
+    "activation_spatial_dreg",
     "activation_tangent",
     "backend",
     "coefficients",
@@ -38,6 +41,7 @@ __all__ = [
     "peak_volatility",
     "polynomial",
     "polynomial_dreg",
+    "polynomial_spatial_dreg",
     "polynomial_tangent",
     "reference",
     "regularisers",

@@ -94,6 +94,18 @@ def test_programs_cover_the_matrix_once(name: str, itemsize: int) -> None:
                 assert n >= tile.vector
 
 
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("name", [name for name in PLANS if name != "flat"])
+def test_no_sum_in_a_register_has_many_terms(name: str, itemsize: int) -> None:
+    plan_of, _ = PLANS[name]
+    for rows in ROWS:
+        for columns in [*WIDTHS, 1 << 22, 1 << 30]:
+            plan = plan_of(rows, columns, itemsize)
+            # A forward adds over the columns only.
+            blocks = 1 if name == "forward" else plan.blocks_per_program
+            assert plan.steps_per_split * blocks <= _launch.ADDITIONS
+
+
 def test_tiles_loaded_together_belong_to_one_program() -> None:
     for rows in ROWS:
         for columns in WIDTHS:

@@ -28,6 +28,12 @@ Programs
     of rows and leaves one partial sum for each program, which a second stage adds. Both second stages are a
     ``torch.sum`` over a small float32 buffer. ``PROGRAMS`` is a few programs for each multiprocessor of the largest
     GPU at hand (132 on an H100 or H200, 304 on an MI300X).
+
+Sums
+    No register takes more than ``ADDITIONS`` terms one after another: where a program would have more work, there are
+    more programs. A sum of ``n`` equal terms may be wrong by ``n`` half units in the last place, and over the rows of a
+    large batch that would be seen. What is added inside a tile is added in a tree, the second stage of a parameter's
+    gradient in float64.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ PROGRAMS = 2048
 NARROW_COLUMNS = 64
 WIDE_COLUMNS = 2048
 SHIFTED_COLUMNS = 65
+ADDITIONS = 64
 # Of a run of rows that leaves one sum for each channel: enough for the sums to be small beside the data.
 ROWS_PER_SUM = 64
 
@@ -159,7 +166,7 @@ def forward_plan(rows: int, columns: int, itemsize: int) -> Plan:
     # Whole rows for each program, if that makes programs enough.
     parts = 1 if 4 * blocks >= PROGRAMS else _ceil_div(PROGRAMS, blocks)
     steps = _ceil_div(columns + vector - 1, tile.columns)
-    return _cut(rows, columns, tile, _ceil_div(steps, parts), 1)
+    return _cut(rows, columns, tile, min(_ceil_div(steps, parts), ADDITIONS), 1)
 
 
 def forward_tiles(itemsize: int) -> list[Tile]:
@@ -216,12 +223,11 @@ def backward_plan(rows: int, columns: int, itemsize: int, sums: bool) -> Plan:
 
 
 def _shared(rows: int, columns: int, tile: Tile, programs: int) -> Plan:
-    """About ``programs`` programs of equal work: runs of rows, or parts of rows where there are few."""
+    """At least about ``programs`` programs of equal work: runs of rows, or parts of rows where there are few."""
     blocks = max(1, _ceil_div(rows, tile.rows))
     steps = max(1, _ceil_div(columns + tile.vector - 1, tile.columns))
-    if blocks >= programs:
-        return _cut(rows, columns, tile, steps, _ceil_div(blocks, programs))
-    return _cut(rows, columns, tile, _ceil_div(steps * blocks, programs), 1)
+    tiles = min(_ceil_div(steps * blocks, programs), ADDITIONS)
+    return _cut(rows, columns, tile, min(steps, tiles), tiles // steps)
 
 
 def backward_tiles(itemsize: int) -> list[Tile]:
@@ -271,7 +277,7 @@ def channel_plan(rows: int, columns: int, itemsize: int, degree: int) -> Plan:
     tile = tiles["narrow"] if columns <= NARROW_COLUMNS else tiles["middle"]
     blocks = max(1, _ceil_div(rows, tile.rows))
     steps = max(1, _ceil_div(columns, tile.columns))
-    run = max(_ceil_div(ROWS_PER_SUM, tile.rows), _ceil_div(blocks * steps, PROGRAMS))
+    run = min(max(_ceil_div(ROWS_PER_SUM, tile.rows), _ceil_div(blocks * steps, PROGRAMS)), ADDITIONS)
     return _cut(rows, columns, tile, 1, _ceil_div(run, tile.unroll) * tile.unroll)
 
 

@@ -267,6 +267,49 @@ def test_gradcheck_and_gradgradcheck(per_channel: bool) -> None:
     assert torch.autograd.gradgradcheck(ck.polynomial_tangent, (z, z_dot, coeffs), fast_mode=True)
 
 
+# Of this term 512 one after another are wrong by 7.6e-6 in float32; 64 terms, of any size, by no more than ALLOWED.
+TERM, ALLOWED = 1.010025, 64 * 2.0**-24
+
+
+@pytest.fixture
+def one_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every program has as much work as the rules allow."""
+    plans = [value for value in vars(_launch).values() if hasattr(value, "cache_clear")]
+    monkeypatch.setattr(_launch, "PROGRAMS", 1)
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()
+
+
+def relative_error(sums: Tensor, term: float, count: int) -> float:
+    exact = torch.tensor(term).double() * count
+    return ((sums.double() - exact).abs().max() / exact).item()
+
+
+@pytest.mark.usefixtures("one_program")
+@pytest.mark.parametrize("form", ["shared", "per channel", "tangents"])
+def test_equal_terms_over_many_rows_do_not_drift(form: str) -> None:
+    rows = 512 * {"shared": 512, "per channel": 16, "tangents": 16}[form]
+    z = torch.ones(rows, 4)
+    grad_y = torch.full_like(z, TERM)
+    coeffs = torch.ones(2) if form == "shared" else torch.ones(2, 4)
+    if form == "tangents":
+        inputs = (z, torch.zeros(1, rows, 4), coeffs, grad_y, None, None, False, False, True)
+        _, _, sums = polynomial_tangent.backward(*inputs)
+    else:
+        _, _, sums = polynomial_dreg.backward(z, None, coeffs, grad_y, None, None, False, False, True)
+    assert relative_error(sums, TERM, rows * 4 // (sums.numel() // 2)) <= ALLOWED
+
+
+@pytest.mark.usefixtures("one_program")
+def test_the_norm_of_a_very_long_row_does_not_drift() -> None:
+    columns = 512 * _launch.forward_tiles(4)[2].columns
+    _, norm, _ = polynomial_dreg.forward(torch.ones(1, columns), None, torch.tensor([0.0, TERM**0.5]), False)
+    assert relative_error(norm, TERM, columns) <= ALLOWED
+
+
 def test_the_same_bits_again() -> None:
     z, coeffs, row_sq = torch.randn(40, 72), torch.randn(4, 72), torch.rand(72)
     inputs = (z, row_sq, coeffs, torch.randn(40, 72), torch.randn(40), None, True, True, True)
