@@ -18,73 +18,72 @@ from torch import Tensor, nn
 
 from chainzrule_kernels.ops._linear import squared_row_norms
 
-__all__ = ["squared_row_norms_of", "summed_over_parts", "unit_count"]
+__all__ = ["is_plain", "refuse_sharded", "squared_row_norms_of", "whole"]
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is no distributed one."""
+    return type(value) in (Tensor, nn.Parameter) or not hasattr(value, "device_mesh")
 
 
 def squared_row_norms_of(linear: nn.Module, z: Tensor) -> Tensor:
-    """``‖W_j‖²`` for the units ``j`` that ``z`` has, the output of ``linear``.
+    """``‖W_j‖²`` for the units ``j`` that ``z`` has, the output of ``linear`` in this process.
 
     Raises:
         RuntimeError: when FSDP2 shards the weight on its own, so that it is not whole here.
         ValueError: when the weight is spread over processes in a way that does not fit ``z``.
     """
     weight: Any = linear.weight
-    if _is_plain(weight) or not _is_plain(z):
-        return squared_row_norms(weight, z)
-    _refuse_sharded(linear)
+    norms: Any = squared_row_norms(weight, z)
+    if is_plain(weight):
+        plain: Tensor = norms
+        return plain
+    refuse_sharded(linear)
     from torch.distributed.tensor import Replicate, Shard
 
-    norms: Any = squared_row_norms(weight, z)
-    split = _split_dimensions(weight, z)
+    split = _split_dimensions(weight, z.shape[-1])
     placements = [Shard(0) if dimension in split else Replicate() for dimension in range(weight.device_mesh.ndim)]
     local: Tensor = norms.redistribute(placements=placements).to_local()
     return local
 
 
-def summed_over_parts(jac_sq: Tensor, linear: nn.Module, z: Tensor) -> Tensor:
-    """``jac_sq`` of the units that ``z`` has, summed over the processes that have the others."""
-    weight: Any = linear.weight
-    if _is_plain(weight) or not _is_plain(z):
-        return jac_sq
-    _refuse_sharded(linear)
-    split = _split_dimensions(weight, z)
+def whole(jac_sq: Tensor, units: int, linear: nn.Module | None) -> tuple[Tensor, int]:
+    """``jac_sq`` of the ``units`` that this process has of a layer, and of all of them, summed over the processes."""
+    weight: Any = None if linear is None else linear.weight
+    if weight is None or is_plain(weight):
+        return jac_sq, units
+    split = _split_dimensions(weight, units)
     if not split:
-        return jac_sq
+        return jac_sq, units
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     dimensions = range(weight.device_mesh.ndim)
     parts = [Partial() if dimension in split else Replicate() for dimension in dimensions]
-    whole = DTensor.from_local(jac_sq, weight.device_mesh, parts, run_check=False)
-    return whole.redistribute(placements=[Replicate()] * len(dimensions)).to_local()
+    summed = DTensor.from_local(jac_sq, weight.device_mesh, parts, run_check=False)
+    return summed.redistribute(placements=[Replicate()] * len(dimensions)).to_local(), weight.shape[0]
 
 
-def unit_count(linear: nn.Module | None, z: Tensor) -> int:
-    """The number of units of the whole layer, of which ``z`` may have a part."""
-    weight: Any = None if linear is None else linear.weight
-    return z.shape[-1] if weight is None or _is_plain(weight) else weight.shape[0]
-
-
-def _is_plain(value: Tensor) -> bool:
-    return type(value) in (Tensor, nn.Parameter) or not hasattr(value, "device_mesh")
-
-
-def _split_dimensions(weight: Any, z: Tensor) -> list[int]:
-    """The dimensions of the mesh along which ``z`` has a part of the units, as the weight has a part of its rows."""
-    if z.shape[-1] == weight.shape[0]:
+def _split_dimensions(weight: Any, units: int) -> list[int]:
+    """The dimensions of the mesh along which a process has a part of the units, as it has of the weight's rows."""
+    if units == weight.shape[0]:
         return []
-    if z.shape[-1] != weight.to_local().shape[0]:
+    if units != weight.to_local().shape[0]:
         raise ValueError(
             f"DREG: a weight of shape {tuple(weight.shape)} spread over processes as {weight.placements}, with an "
-            f"output of {z.shape[-1]} units in this process: expected all of them or those of the process's rows"
+            f"output of {units} units in this process: expected all of them or those of the process's rows"
         )
     return [dimension for dimension, placement in enumerate(weight.placements) if placement.is_shard(0)]
 
 
-def _refuse_sharded(linear: nn.Module) -> None:
-    from torch.distributed.fsdp import FSDPModule
+def refuse_sharded(linear: nn.Module) -> None:
+    """Raise for a linear map that FSDP2 shards on its own.
 
-    if isinstance(linear, FSDPModule):
+    The backward of its row norms would run before FSDP2 has brought the weight back: only an output that leaves the
+    module makes it do so.
+    """
+    if hasattr(linear, "set_reshard_after_backward"):  # an FSDPModule, without importing it
         raise RuntimeError(
-            "DREG: fully_shard was applied to a linear layer alone, so that its weight is not there while the "
-            "activation behind it runs. Apply it to a module that contains both, or use variant='activation'"
+            f"DREG: fully_shard was applied to a {type(linear).__name__.removeprefix('FSDP')} alone, whose weight is "
+            "then not there for the activation behind it. Apply it to a module that contains both, or use "
+            "variant='activation'"
         )

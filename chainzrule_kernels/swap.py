@@ -11,16 +11,28 @@ training without DREG a swapped model does what the plain one does, with the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import textwrap
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from chainzrule_kernels.diagnostics import Table
+from chainzrule_kernels.dreg.attachment import attached_interception
+from chainzrule_kernels.dreg.recognition import activation_of, unchanged
 from chainzrule_kernels.nn import Polynomial
-from chainzrule_kernels.nn.jacobian_record import JacobianRecord, refuse_replica
+from chainzrule_kernels.nn.jacobian_record import (
+    ActivationRecords,
+    FixedActivation,
+    JacobianRecord,
+    LearnablePolynomial,
+    active_record,
+)
+from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.linear_activation_dreg.op import linear_activation_dreg
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
@@ -51,40 +63,49 @@ def swap(model: nn.Module) -> Table[SwapRow]:
     """Replace each linear layer and the activation behind it by one fused module, in place.
 
     Args:
-        model: any module. A pair is a :class:`torch.nn.Linear` and, next to it in a :class:`torch.nn.Sequential`, a
-            ``ReLU``, ``GELU``, ``SiLU``, ``Tanh``, ``Sigmoid``, ``Softplus``, ``Mish`` or
-            :class:`chainzrule_kernels.nn.Polynomial`, with nothing but identities between them.
+        model: any module. A pair is a :class:`torch.nn.Linear` and an activation module of one of the
+            :data:`~chainzrule_kernels.ACTIVATION_KINDS`, or a :class:`chainzrule_kernels.nn.Polynomial`, to which alone
+            the linear layer's output goes, with nothing but identities between. The forward that calls them may be
+            that of a :class:`torch.nn.Sequential` or one written by hand; it is traced, and nothing is run.
 
     Returns:
-        One row for each linear layer and each such activation, with the reason where nothing was replaced; print the
+        One row for each linear layer and each activation module, with the reason where nothing was replaced; print the
         table to read it.
 
     Raises:
         TypeError: when ``model`` is not a module.
         ValueError: when a regulariser is attached to it: swap first, regularise then.
 
-    Outputs, gradients, parameters, ``state_dict`` and the training mode stay what they are. Modules with hooks are left
-    alone, since a hook would see other values, and so are subclasses of ``Linear``. A model that calls a part of one of
-    its ``Sequential``, such as ``self.net[0]``, is not for swapping: that part's output becomes the activation's. Swap
-    before ``torch.compile``, DistributedDataParallel and ``fully_shard``. :func:`unswap` takes it back.
+    Outputs, gradients, parameters, ``state_dict`` and the training mode stay what they are; activations of other
+    libraries are replaced by PyTorch's, which may round in another way. Modules with hooks are left alone, since a hook
+    would see other values, and so are subclasses of ``Linear``. Swap before ``torch.compile``,
+    DistributedDataParallel and ``fully_shard``. :func:`unswap` takes it back.
     """
     _check(model)
+    calls = _Calls(model)
     rows: list[SwapRow] = []
-    seen: set[int] = set()
-    for pair in list(_candidates(model)):
-        seen.update(id(module) for module in (pair.linear, pair.activation) if module is not None)
-        note = pair.note or _why_not(pair)
-        if not note:
-            _replace(pair)
-        rows.append(SwapRow(pair.linear_name, pair.activation_name, pair.function, not note, note))
+    # All is decided before anything changes.
+    pairs = calls.pairs()
+    fused = {linear: SwappedLinear(linear, activation, function) for linear, activation, function in pairs}
+    absorbed = {activation: AbsorbedActivation(activation) for _, activation, _ in pairs}
+    names = {module: name for name, module in model.named_modules()}
     for name, module in model.named_modules():
-        if id(module) not in seen and isinstance(module, (nn.Linear, *_ACTIVATIONS)):
-            is_linear = isinstance(module, nn.Linear)
-            note = "in no torch.nn.Sequential"
-            function = None if is_linear else _function_of(module)
-            rows.append(SwapRow(name if is_linear else None, None if is_linear else name, function, False, note))
-    order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    return Table(sorted(rows, key=lambda row: order[row.linear or row.activation or ""]))
+        function = None if isinstance(module, nn.Linear) else _function_of(module)
+        if isinstance(module, nn.Linear):
+            if module in fused:
+                partner = fused[module].activation
+                rows.append(SwapRow(name, names[partner], fused[module].function, True, ""))
+            else:
+                rows.append(SwapRow(name, None, None, False, calls.reasons[module]))
+        elif function is not None and module not in absorbed:
+            rows.append(SwapRow(None, name, function, False, calls.reasons[module]))
+    for owner in list(model.modules()):
+        for slot, child in owner._modules.items():
+            if child in fused:
+                owner._modules[slot] = fused[child]
+            elif child in absorbed:
+                owner._modules[slot] = absorbed[child]
+    return Table(rows)
 
 
 def unswap(model: nn.Module) -> int:
@@ -125,7 +146,7 @@ class SwappedLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    jacobian_record: JacobianRecord | None = None  # set on the instance by DREG
+    jacobian_record: JacobianRecord | ActivationRecords | None = None  # set on the instance by DREG
 
     def __init__(self, linear: nn.Linear, activation: nn.Module, function: str) -> None:
         super().__init__()
@@ -144,29 +165,39 @@ class SwappedLinear(nn.Module):
         return self._originals[0]
 
     @property
+    def activation(self) -> nn.Module:
+        """The activation that stood behind it."""
+        return self._originals[1]
+
+    @property
     def coeffs(self) -> Tensor | None:
         """The coefficients of the polynomial; None for a fixed activation."""
-        coeffs: Tensor | None = self._originals[1]._parameters.get("coeffs")
-        return coeffs
+        return self.activation._parameters.get("coeffs")
 
     def forward(self, x: Tensor) -> Tensor:
         """``f(x Wᵀ + b)``."""
-        weight, bias, coeffs, record = self.weight, self.bias, self.coeffs, self.jacobian_record
-        if record is not None:
-            refuse_replica(self)
-            if coeffs is None:
-                y, jac_sq = linear_activation_dreg(x, weight, bias, self.function)
-            else:
-                y, jac_sq = linear_polynomial_dreg(x, weight, bias, coeffs)
-            record.add(jac_sq, self.out_features)
-            return y
+        weight, bias, coeffs, record = self.weight, self.bias, self.coeffs, active_record(self)
+        if isinstance(record, JacobianRecord) and record.linear is self:
+            if not record.forward_pass.measures_nonlinearity:
+                if coeffs is None:
+                    y, jac_sq = linear_activation_dreg(x, weight, bias, self.function)
+                else:
+                    y, jac_sq = linear_polynomial_dreg(x, weight, bias, coeffs)
+                record.add(jac_sq, self.out_features)
+                return y
+            row_sq = squared_row_norms(weight, x)
+        else:
+            row_sq = None
         z = F.linear(x, weight, bias)
+        if isinstance(record, JacobianRecord):
+            function = FixedActivation(self.function) if coeffs is None else LearnablePolynomial(coeffs)
+            return record.apply(function, z, row_sq)
         if coeffs is not None:
             return polynomial(z, coeffs)
         # Nobody else has seen z. Under autocast the activation may have another dtype than z.
         overwrite = not z.requires_grad and not torch.is_autocast_enabled(z.device.type)
-        function, function_in_place = _FUNCTIONS[self.function]
-        return function_in_place(z) if overwrite else function(z)
+        out_of_place, in_place = _FUNCTIONS[self.function]
+        return in_place(z) if overwrite else out_of_place(z)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
@@ -208,8 +239,6 @@ class AbsorbedActivation(nn.Module):
 
 Function = Callable[[Tensor], Tensor]
 
-_ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Mish, Polynomial)
-
 # PyTorch's own activations, into a new tensor and into the memory of their argument.
 _FUNCTIONS: dict[str, tuple[Function, Function]] = {
     "relu": (F.relu, torch.relu_),
@@ -226,80 +255,141 @@ _FUNCTIONS: dict[str, tuple[Function, Function]] = {
 }
 
 
+def _function_of(module: nn.Module) -> str | None:
+    """The kind of an activation, ``"polynomial"``, or None for anything else."""
+    if isinstance(module, AbsorbedActivation | SwappedLinear):
+        return None
+    if type(module) is Polynomial:
+        return "polynomial"
+    call = activation_of(module)
+    return None if call is None else call.kind
+
+
+class _LocalTracer(fx.Tracer):
+    """Traces one module's own forward; its children are leaves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
 @dataclass(frozen=True)
-class _Pair:
-    """A linear layer and what follows it; either may be missing, and the note then says so."""
+class _Call:
+    """A call of a module, in the trace of the forward of another."""
 
     owner: nn.Module
-    linear_slot: str
-    activation_slot: str
-    linear: nn.Linear | None
-    activation: nn.Module | None
-    linear_name: str | None
-    activation_name: str | None
-    function: str | None
-    note: str = ""
+    node: fx.Node
 
 
-def _candidates(model: nn.Module) -> Iterator[_Pair]:
-    """Every linear layer and every activation in a Sequential, in pairs where they follow each other."""
-    for owner_name, owner in model.named_modules():
-        if not isinstance(owner, nn.Sequential):
-            continue
-        prefix = f"{owner_name}." if owner_name else ""
-        children = [(slot, child) for slot, child in owner._modules.items() if not _is_identity(child)]
-        following = [*children[1:], ("", None)]
-        taken = None
-        for (slot, child), (next_slot, next_child) in zip(children, following, strict=True):
-            if isinstance(child, nn.Linear):
-                function = None if next_child is None else _function_of(next_child)
-                if function is not None:
-                    names = prefix + slot, prefix + next_slot
-                    yield _Pair(owner, slot, next_slot, child, next_child, *names, function)
-                    taken = next_slot
+class _Calls:
+    """Who calls what in a model, and which linear layers and activations can become one.
+
+    Attributes:
+        reasons: for each linear layer and each activation that cannot, why.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.reasons: dict[nn.Module, str] = {}
+        self._calls: dict[nn.Module, list[_Call]] = {module: [] for module in self.names}
+        self._opaque: dict[nn.Module, str] = {}
+        for owner in self.names:
+            if owner._modules:
+                self._trace(owner)
+
+    def _trace(self, owner: nn.Module) -> None:
+        try:
+            if "forward" in owner.__dict__:
+                raise ValueError("it was put on the instance")
+            with unchanged(owner), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = _LocalTracer().trace(owner, concrete_args=_defaults(owner))
+        except Exception as error:  # a forward may do anything with what is not a tensor
+            self._opaque[owner] = textwrap.shorten(str(error) or type(error).__name__, 80, placeholder=" …")
+            return
+        for node in graph.nodes:
+            if node.op == "call_module":
+                self._calls[owner.get_submodule(str(node.target))].append(_Call(owner, node))
+
+    def pairs(self) -> list[tuple[nn.Linear, nn.Module, str]]:
+        """The linear layers, each with its activation and what that computes; fills :attr:`reasons` with the others."""
+        partners: dict[nn.Linear, nn.Module] = {}
+        served: dict[nn.Module, set[fx.Node]] = {}
+        for module in self.names:
+            if isinstance(module, nn.Linear):
+                found = self._activation_behind(module)
+                if isinstance(found, str):
+                    self.reasons[module] = found
                 else:
-                    what = "nothing" if next_child is None else f"a {type(next_child).__name__}"
-                    note = f"{what} behind it, not one of the activations {', '.join((*_FUNCTIONS, 'polynomial'))}"
-                    yield _Pair(owner, slot, "", child, None, prefix + slot, None, None, note)
-            elif isinstance(child, _ACTIVATIONS) and slot != taken:
-                note = "no torch.nn.Linear in front of it"
-                yield _Pair(owner, "", slot, None, child, None, prefix + slot, _function_of(child), note)
+                    partners[module], nodes = found
+                    served.setdefault(partners[module], set()).update(nodes)
+        for module in self.names:
+            if not isinstance(module, nn.Linear) and _function_of(module) is not None:
+                if module not in served:
+                    self.reasons[module] = self._why_uncalled(module) or "no torch.nn.Linear alone in front of it"
+                elif served[module] != {call.node for call in self._calls[module]}:
+                    self.reasons[module] = f"{self.names[module]} stands behind something else as well"
+                else:
+                    self.reasons[module] = self._own_reason(module)
+        pairs = []
+        for linear, activation in partners.items():
+            self.reasons[linear] = self._own_reason(linear) or self.reasons[activation]
+            if self.reasons[linear]:
+                # An activation that cannot go from one place stays in all of them.
+                self.reasons[activation] = self.reasons[activation] or self.reasons[linear]
+        for linear, activation in partners.items():
+            self.reasons[linear] = self.reasons[linear] or self.reasons[activation]
+            function = _function_of(activation)
+            if not self.reasons[linear] and function is not None:
+                pairs.append((linear, activation, function))
+        return pairs
+
+    def _activation_behind(self, linear: nn.Linear) -> tuple[nn.Module, list[fx.Node]] | str:
+        """The activation to which every output of ``linear`` goes, and its calls; or why there is none."""
+        reason = self._why_uncalled(linear)
+        if reason:
+            return reason
+        found: dict[nn.Module, list[fx.Node]] = {}
+        for call in self._calls[linear]:
+            node = call.node
+            module: nn.Module = linear
+            while module is linear or _is_identity(module):
+                users = list(node.users)
+                if len(users) != 1:
+                    return "its output is used more than once" if users else "its output is not used"
+                (node,) = users
+                if node.op != "call_module":
+                    owner = self.names[call.owner] or "the model"
+                    what = f"the end of {owner}" if node.op == "output" else f"a call of {_label(node)} in {owner}"
+                    return f"{what} behind it, no activation module"
+                module = call.owner.get_submodule(str(node.target))
+            if _function_of(module) is None or len(node.all_input_nodes) != 1:
+                return f"{self.names[module]} behind it, a {type(module).__name__}: not one of the known activations"
+            found.setdefault(module, []).append(node)
+        if len(found) > 1:
+            return f"different activations behind it: {', '.join(self.names[module] for module in found)}"
+        return next(iter(found.items()))
+
+    def _why_uncalled(self, module: nn.Module) -> str:
+        if self._calls[module]:
+            return ""
+        parent = self.names[module].rpartition(".")[0]
+        for owner, reason in self._opaque.items():
+            if self.names[owner] == parent:
+                return f"the forward of {parent or 'the model'} cannot be traced: {reason}"
+        return "no forward that could be traced calls it"
+
+    def _own_reason(self, module: nn.Module) -> str:
+        """Why a module is to be left alone for what it is itself; empty if it is not."""
+        name = self.names[module]
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}, a class of its own"
+        if "forward" in module.__dict__:
+            return f"{name} has a forward put on it"
+        return f"{name} has hooks, which would see other values" if _has_hooks(module) else ""
 
 
-def _function_of(activation: nn.Module) -> str | None:
-    """The kind of an activation, ``"polynomial"``, or None for anything else."""
-    if type(activation) is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    if type(activation) is nn.Softplus:
-        return "softplus" if (activation.beta, activation.threshold) == (1, 20) else None
-    others = {
-        nn.ReLU: "relu",
-        nn.SiLU: "silu",
-        nn.Tanh: "tanh",
-        nn.Sigmoid: "sigmoid",
-        nn.Mish: "mish",
-        Polynomial: "polynomial",
-    }
-    return others.get(type(activation))
-
-
-def _is_identity(module: nn.Module | None) -> bool:
-    return module is None or (type(module) is nn.Identity and not _has_hooks(module))
-
-
-def _why_not(pair: _Pair) -> str:
-    """Why a pair is to be left alone; empty if it is not."""
-    if type(pair.owner).forward is not nn.Sequential.forward or "forward" in pair.owner.__dict__:
-        return f"{type(pair.owner).__name__}, in which they stand, has a forward of its own"
-    for name, module in ((pair.linear_name, pair.linear), (pair.activation_name, pair.activation)):
-        if module is not None:
-            if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-                return f"{name} is a {type(module).__name__}, a class of its own"
-            if "forward" in module.__dict__:
-                return f"{name} has a forward put on it"
-            if _has_hooks(module):
-                return f"{name} has hooks, which would see other values"
-    return ""
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and not _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -307,18 +397,27 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(kinds)
 
 
-def _replace(pair: _Pair) -> None:
-    if pair.linear is None or pair.activation is None or pair.function is None:
-        raise AssertionError("a pair without a note has both parts")
-    pair.owner._modules[pair.linear_slot] = SwappedLinear(pair.linear, pair.activation, pair.function)
-    pair.owner._modules[pair.activation_slot] = AbsorbedActivation(pair.activation)
+def _defaults(module: nn.Module) -> dict[str, None]:
+    """The arguments of the module's forward that are None unless given.
+
+    Others that have a default choose a way through the forward, of which a trace would show only one.
+    """
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    for parameter in parameters:
+        if isinstance(parameter.default, bool | int | str):
+            raise ValueError(f"its argument {parameter.name}={parameter.default!r} may choose what it does")
+    return {parameter.name: None for parameter in parameters if parameter.default is None}
+
+
+def _label(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        if module.__dict__.get("jacobian_record") is not None:
+        if module.__dict__.get("jacobian_record") is not None or attached_interception(module) is not None:
             raise ValueError(
                 f"model: a DREG is attached to its layer {name!r}; call its remove(), or DREG.detach(model), and "
                 "attach a new one afterwards"

@@ -51,6 +51,7 @@ def test_outputs_and_gradients_are_the_same_bits(activation, dtype):
     report = ck.swap(model)
     assert [row.swapped for row in report] == [True, True, False]
     assert {row.function for row in report} == {activation, None}
+    assert [(row.linear, row.activation) for row in report] == [("0", "1"), ("2.0", "2.2"), ("3", None)]
     assert torch.equal(model(x), expected)
     assert all(torch.equal(*pair) for pair in zip(gradients(model, x), expected_gradients, strict=True))
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -244,41 +245,108 @@ class Adapted(nn.Linear):
         return 2.0 * super().forward(x)
 
 
-class Printing(nn.Sequential):
-    def forward(self, x):
-        for layer in self:
-            x = layer(x)
-        return x
-
-
 def hooked(module: nn.Module) -> nn.Module:
     module.register_forward_hook(lambda *arguments: None)
     return module
 
 
-def with_forward(module: nn.Module) -> nn.Module:
-    module.forward = lambda x: x
-    return module
+class ByHand(nn.Module):
+    """A forward of the caller's, over a linear layer ``a`` and an activation ``b``."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.written = forward
+        self.a, self.b = nn.Linear(6, 6), nn.GELU()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.written(self, x)
+
+
+class Choosing(ByHand):
+    def forward(self, x, before=False):
+        z = self.a(x)
+        return z if before else self.b(z)
+
+
+def test_forwards_written_by_hand():
+    torch.manual_seed(0)
+    x = batch()
+    shared = ByHand(lambda m, x: m.b(m.c(m.b(m.a(x)))), c=nn.Linear(6, 6))
+    nested = ByHand(lambda m, x: m.net(x).relu() + m.b(m.a(x)), net=nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    for model, count in ((shared, 2), (nested, 2), (ByHand(lambda m, x: torch.cat([m.b(m.a(x)), x])), 1)):
+        expected, modules = model(x), dict(model.named_modules())
+        report = ck.swap(model)
+        assert [row.swapped for row in report] == [True] * count, str(report)
+        assert torch.equal(model(x), expected)
+        assert ck.unswap(model) == count
+        assert dict(model.named_modules()) == modules
+
+
+@pytest.mark.parametrize(
+    ("forward", "linear_note", "activation_note"),
+    [
+        (lambda m, x: m.b(m.a(x) + x), "a call of add in the model behind it", "no torch.nn.Linear alone in front"),
+        (lambda m, x: torch.relu(m.b(x)) + m.a(x), "a call of add in the model behind it", "no torch.nn.Linear alone"),
+        (lambda m, x: m.a(m.b(x)), "the end of the model behind it", "no torch.nn.Linear alone in front of it"),
+        (lambda m, x: m.b(x), "no forward that could be traced calls it", "no torch.nn.Linear alone in front"),
+        (lambda m, x: m.b(m.a(x)) + m.b(x), "b stands behind something else as well", "b stands behind something else"),
+        (lambda m, x: m.b(m.a(x)) if x.sum() > 0 else x, "the forward of the model cannot be traced", "the forward of"),
+    ],
+)
+def test_forwards_that_use_the_parts_in_other_ways(forward, linear_note, activation_note):
+    model = ByHand(forward)
+    expected, modules = model(batch()), dict(model.named_modules())
+    linear, activation = ck.swap(model)
+    assert linear.note.startswith(linear_note)
+    assert activation.note.startswith(activation_note)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(batch()), expected)
+
+
+def test_an_output_that_is_used_twice_is_left_alone():
+    def forward(model, x):
+        z = model.a(x)
+        return model.b(z) * z
+
+    model = ByHand(forward)
+    assert [row.note for row in ck.swap(model)] == [
+        "its output is used more than once",
+        "no torch.nn.Linear alone in front of it",
+    ]
+
+
+def test_a_part_of_a_sequential_that_is_called_for_itself_is_left_alone():
+    model = ByHand(lambda m, x: m.net[0](x) + m.net(x), net=nn.Sequential(nn.Linear(6, 6), nn.GELU()))
+    rows = {row.linear or row.activation: row.note for row in ck.swap(model)}
+    assert rows["net.0"] == "a call of add in the model behind it, no activation module"
+
+
+def test_an_argument_that_chooses_the_way_is_respected():
+    model = Choosing(None)
+    (linear, _) = ck.swap(model)
+    assert linear.note == "the forward of the model cannot be traced: its argument before=False may choose what it does"
 
 
 @pytest.mark.parametrize(
     ("build", "row"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()), ("0", None, "a LayerNorm behind it, not")),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU()), ("0", None, "a Dropout behind it, not")),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softplus(2.0)), ("0", None, "a Softplus behind it, not")),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), ("0", None, "nothing behind it, not one of the activations relu,")),
-        (lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), (None, "0", "no torch.nn.Linear in front of it")),
-        (lambda: nn.ModuleDict({"a": nn.Linear(4, 4)}), ("a", None, "in no torch.nn.Sequential")),
-        (lambda: nn.ModuleDict({"a": nn.ReLU()}), (None, "a", "in no torch.nn.Sequential")),
-        (lambda: nn.Sequential(Adapted(4, 4), nn.ReLU()), ("0", "1", "0 is a Adapted, a class of its own")),
-        (lambda: nn.Sequential(hooked(nn.Linear(4, 4)), nn.ReLU()), ("0", "1", "0 has hooks, which would see other")),
-        (lambda: nn.Sequential(nn.Linear(4, 4), hooked(nn.ReLU())), ("0", "1", "1 has hooks, which would see other")),
-        (lambda: nn.Sequential(nn.Linear(4, 4), with_forward(nn.ReLU())), ("0", "1", "1 has a forward put on it")),
-        (lambda: Printing(nn.Linear(4, 4), nn.ReLU()), ("0", "1", "Printing, in which they stand, has a forward of")),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()),
+            ("0", None, "1 behind it, a LayerNorm: n"),
+        ),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU()), ("0", None, "1 behind it, a Dropout: not")),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softplus(2.0)), ("0", None, "1 behind it, a Softplus: not one of")),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), ("0", None, "the end of the model behind it, no activation module")),
+        (lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), (None, "0", "no torch.nn.Linear alone in front of it")),
+        (lambda: nn.ModuleDict({"a": nn.Linear(4, 4)}), ("a", None, "the forward of the model cannot be traced:")),
+        (lambda: nn.Sequential(Adapted(4, 4), nn.ReLU()), ("0", None, "0 is a Adapted, a class of its own")),
+        (lambda: nn.Sequential(hooked(nn.Linear(4, 4)), nn.ReLU()), ("0", None, "0 has hooks, which would see other")),
+        (lambda: nn.Sequential(nn.Linear(4, 4), hooked(nn.ReLU())), ("0", None, "1 has hooks, which would see other")),
         (
             lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.ReLU()),
-            ("0", "1", "0 is a ParametrizedLinear, a class of its own"),
+            ("0", None, "0 is a ParametrizedLinear, a class of its own"),
         ),
     ],
 )
@@ -293,19 +361,40 @@ def test_what_is_left_alone_says_why(build, row):
     assert row[2] in str(ck.swap(model))
 
 
+# ---- under DREG ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["layer", "activation"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dreg_on_a_swapped_model_is_dreg_on_the_plain_one(activation, variant):
+    x, results = batch(torch.float64), []
+    for swapped in (False, True):
+        model = net(activation, torch.float64)
+        if swapped:
+            ck.swap(model)
+        reg = ck.DREG(model, 0.7, variant=variant)
+        loss = model(x).square().mean() + reg.penalty()
+        report = reg.report(x)
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+        results[-1] += tuple(torch.tensor([row.mean, row.p99, row.nonlinearity]) for row in report)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_modules_that_stand_in_several_places():
     torch.manual_seed(0)
     activation, linear = nn.GELU(), nn.Linear(6, 6)
-    model, x = nn.Sequential(linear, activation, nn.Linear(6, 6), activation, linear), batch()
-    expected, keys = model(x), list(model.state_dict())
-    assert [row.swapped for row in ck.swap(model)] == [True, True, False]
+    model, x = nn.Sequential(linear, activation, nn.Linear(6, 6), activation, linear, activation), batch()
+    expected, keys, slots = model(x), list(model.state_dict()), dict(model._modules)
+    assert [row.swapped for row in ck.swap(model)] == [True, True]
     assert torch.equal(model(x), expected)
     assert list(model.state_dict()) == keys
-    assert model[4] is linear
+    assert model[4] is model[0]
     ck.unswap(model)
-    assert model[1] is activation
-    assert model[3] is activation
+    assert model._modules == slots
     assert torch.equal(model(x), expected)
+    ending = nn.Sequential(linear, activation, linear)
+    assert ck.swap(ending)[0].note == "the end of the model behind it, no activation module"
 
 
 def test_bad_input():
@@ -315,5 +404,5 @@ def test_bad_input():
     model = nn.Sequential(nn.Linear(4, 4), ck.nn.Polynomial())
     ck.DREG(model)
     for call in (ck.swap, ck.unswap):
-        with pytest.raises(ValueError, match="model: a DREG is attached to its layer '1'"):
+        with pytest.raises(ValueError, match="model: a DREG is attached to its layer '0'"):
             call(model)
