@@ -89,8 +89,8 @@ class MarkingLinear(Interception):
         self.name = name
         self.with_norms = with_norms
         # Tensor parallelism takes the process's own part of the output in a hook, which loses the mark.
-        is_spread = not _distributed.is_plain(module.weight)  # type: ignore[arg-type]
-        self._handle = module.register_forward_hook(self._mark_part) if is_spread else None
+        self._is_spread = not _distributed.is_plain(module.weight)  # type: ignore[arg-type]
+        self._handle = module.register_forward_hook(self._mark_part) if self._is_spread else None
 
     def remove(self) -> None:
         """Give the forward back, and take the hook off."""
@@ -113,7 +113,7 @@ class MarkingLinear(Interception):
         return y
 
     def _check_hook(self) -> None:
-        if self._handle is None:
+        if not self._is_spread:
             raise RuntimeError(
                 f"DREG: the weight of {self.name} was spread over processes after the regulariser had been attached. "
                 "Attach it after parallelize_module"
