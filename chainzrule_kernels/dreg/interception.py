@@ -10,6 +10,8 @@ that forward runs.
 from __future__ import annotations
 
 import contextlib
+import inspect
+from types import CodeType
 from typing import Any
 
 import torch
@@ -58,6 +60,16 @@ class Interception:
         if not self._is_attached or torch.compiler.is_exporting():
             return self.original(*args, **kwargs)
         return self.forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward: trainers read which arguments a model takes."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the module's own forward, for which torch.export asks."""
+        return inspect.unwrap(type(self.module).forward).__code__
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module's class."""
@@ -279,6 +291,9 @@ def _batch_norm(
     y, _, inverse_sigma, _, _ = torch._batch_norm_impl_index(
         input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
     )
+    if torch.compiler.is_compiling():
+        # Dynamo lets no attribute be set on one of several results.
+        y = y.view_as(y)
     if not training:
         assert running_var is not None
         inverse_sigma = (running_var.to(source.row_sq.dtype) + eps).rsqrt()

@@ -353,9 +353,11 @@ class DREG:
 def _is_a_pass() -> bool:
     """Whether a call of the model is a forward pass to record.
 
-    Inside the backward pass it is a checkpoint that recomputes the whole model, and under vmap there is nothing to
-    keep.
+    Inside the backward pass it is a checkpoint that recomputes the whole model, under vmap there is nothing to keep,
+    and an export only traces.
     """
+    if torch.compiler.is_exporting():
+        return False
     return torch.compiler.is_compiling() or (torch._C._current_graph_task_id() == -1 and not is_under_vmap())
 
 

@@ -29,8 +29,10 @@ from chainzrule_kernels.functions.activations import Activation
 from chainzrule_kernels.functions.polynomial import Polynomial
 from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
+from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
+from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 
 if TYPE_CHECKING:
     from chainzrule_kernels.dreg.regulariser import DREG
@@ -169,6 +171,10 @@ class FixedActivation:
         """``y`` and ``jac_sq`` over the last dimension."""
         return activation_dreg(z, self.kind, row_sq)
 
+    def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
+        return activation_spatial_dreg(z, self.kind, tap_sq)
+
 
 class LearnablePolynomial:
     """A polynomial with the given coefficients, as records call it."""
@@ -184,6 +190,10 @@ class LearnablePolynomial:
     def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and ``jac_sq`` over the last dimension."""
         return polynomial_dreg(z, self.coeffs, row_sq)
+
+    def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
+        return polynomial_spatial_dreg(z, self.coeffs, tap_sq)
 
 
 class JacobianRecord:
@@ -221,12 +231,11 @@ class JacobianRecord:
             y, jac_sq = function.with_norm(z, row_sq)
             units = z.shape[-1]
         else:
-            sample = z.shape[-1 - spatial :]
-            z_batch = z.view(-1, *sample)
-            y, jac_sq = _feature_map_with_norm(function, z_batch, row_sq)
-            y = y.view(z.shape)
-            jac_sq = jac_sq.view(z.shape[: -1 - spatial])
-            units = math.prod(sample)
+            has_batch = z.dim() > spatial + 1
+            y, jac_sq = function.with_norm_of_images(z if has_batch else z.unsqueeze(0), row_sq)
+            if not has_batch:
+                y, jac_sq = y.squeeze(0), jac_sq.squeeze(0)
+            units = math.prod(z.shape[-1 - spatial :])
         if self.forward_pass.measures_nonlinearity:
             (_, slope) = function.scalar.derivatives(z.to(compute_dtype(z)), 1)
             self.nonlinearity = _relative_variance(slope, row_sq, spatial)
@@ -299,15 +308,6 @@ def active_record(module: nn.Module) -> JacobianRecord | ActivationRecords | Non
         return None
     refuse_replica(module)
     return record  # type: ignore[return-value]
-
-
-def _feature_map_with_norm(
-    function: FixedActivation | LearnablePolynomial, z: Tensor, tap_sq: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``: a sample is one row of channels and positions."""
-    row_sq = None if tap_sq is None else _over_positions(tap_sq, z.dim() - 2).expand(z.shape[1:]).reshape(-1)
-    y, jac_sq = function.with_norm(z.flatten(1), row_sq)
-    return y.view(z.shape), jac_sq
 
 
 def _over_positions(tap_sq: Tensor, spatial: int) -> Tensor:
