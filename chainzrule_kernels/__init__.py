@@ -2,17 +2,20 @@
 
 from chainzrule_kernels import _native as _native
 from chainzrule_kernels import _triton as _triton
-from chainzrule_kernels import coefficients, nn, reference, schedules
+from chainzrule_kernels import coefficients, nn, reference, regularisers, schedules
 from chainzrule_kernels.backends import Explanation, backend, explain
 from chainzrule_kernels.diagnostics import peak_volatility, tail_ratio
 from chainzrule_kernels.dreg import DREG, Reduction
 from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE
+from chainzrule_kernels.monitor import JacobianMonitor, Measurement
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
+from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
 from chainzrule_kernels.ops.activation_tangent.op import activation_tangent
 from chainzrule_kernels.ops.linear_activation_dreg.op import linear_activation_dreg
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
+from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
 
 __version__ = "0.1.0"
@@ -22,8 +25,11 @@ __all__ = [
     "DREG",
     "MAX_DEGREE",
     "Explanation",
+    "JacobianMonitor",
+    "Measurement",
     "Reduction",
     "activation_dreg",
+    "activation_spatial_dreg",
     "activation_tangent",
     "backend",
     "coefficients",
@@ -34,8 +40,10 @@ __all__ = [
     "peak_volatility",
     "polynomial",
     "polynomial_dreg",
+    "polynomial_spatial_dreg",
     "polynomial_tangent",
     "reference",
+    "regularisers",
     "schedules",
     "tail_ratio",
 ]

@@ -30,6 +30,13 @@ def check_z(z: Any, name: str = "z") -> None:
         raise ValueError(f"{name}: expected shape (..., N) with at least one dimension, got a 0-d tensor")
 
 
+def check_feature_maps(z: Any, name: str = "z") -> None:
+    """``z (B, C, *spatial)`` has at least two dimensions."""
+    check_floating(name, z)
+    if z.dim() < 2:
+        raise ValueError(f"{name}: expected shape (B, C, *spatial) with at least two dimensions, got {_shape(z)}")
+
+
 def check_coeffs(coeffs: Any, z: Tensor, channels: int | None = None) -> None:
     """``coeffs`` is ``(D+1,)`` or ``(D+1, N)`` with ``1 <= D <= 8``, on the device of ``z``."""
     check_floating("coeffs", coeffs)
@@ -60,6 +67,20 @@ def check_row_sq(row_sq: Any, z: Tensor) -> None:
             f"row_sq: expected shape ({z.shape[-1]},), one squared row norm for each channel, got {_shape(row_sq)}"
         )
     check_same_device("row_sq", row_sq, z)
+
+
+def check_tap_sq(tap_sq: Any, z: Tensor) -> None:
+    """``tap_sq`` is None, ``(C,)`` or ``(C, *spatial)``, on the device of ``z``."""
+    if tap_sq is None:
+        return
+    check_floating("tap_sq", tap_sq)
+    if tap_sq.shape not in (z.shape[1:2], z.shape[1:]):
+        sizes = ", ".join(str(size) for size in z.shape[1:])
+        raise ValueError(
+            f"tap_sq: expected shape ({z.shape[1]},) or ({sizes}), the sum of squared weights at each channel or each "
+            f"position, got {_shape(tap_sq)}"
+        )
+    check_same_device("tap_sq", tap_sq, z)
 
 
 def check_z_dot(z_dot: Any, z: Tensor) -> None:

@@ -26,8 +26,14 @@ NAMESPACE = "chainzrule_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
 
 Definition = Callable[..., Any]
+Arrange = Callable[[tuple[Any, ...], Tensor], Tensor]
 Derivative = Callable[[tuple[Any, ...], tuple[bool, ...], Sequence[Tensor | None]], Sequence[Tensor | None]]
 Tangent = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor]]
+
+
+def contiguous(inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The output, contiguous, whatever the layout of the inputs."""
+    return output.contiguous()
 
 
 class Operator:
@@ -39,13 +45,23 @@ class Operator:
     Args:
         schema: ``"name(Tensor z, …) -> (Tensor, …)"``.
         definition: the same signature in plain PyTorch.
-        fake: the same signature; returns empty tensors of the right shape, dtype and strides.
+        fake: the same signature; returns empty tensors of the right shape and dtype.
         vjp: ``(inputs, needs, grads) -> one gradient or None for each tensor input``. ``grads`` holds None for an
             output that was not used.
         jvp: ``(inputs, tangents) -> one tangent for each output``. ``tangents`` holds None for a constant input.
+        arrange: ``(inputs, output) -> output``: the same values laid out in memory as every kernel lays them out.
     """
 
-    def __init__(self, schema: str, *, definition: Definition, fake: Definition, vjp: Derivative, jvp: Tangent) -> None:
+    def __init__(
+        self,
+        schema: str,
+        *,
+        definition: Definition,
+        fake: Definition,
+        vjp: Derivative,
+        jvp: Tangent,
+        arrange: Arrange = contiguous,
+    ) -> None:
         library.define(schema)
         self.name = schema.split("(")[0]
         self.definition = definition
@@ -53,9 +69,9 @@ class Operator:
         eager_function, self.transformable_function = _differentiable_functions(self.overload, definition, vjp, jvp)
         # Function.apply adds only checks for torch.func transforms, which __call__ has made. They take microseconds.
         self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", _arranged(fake, arrange), lib=library)
         library.impl(self.name, self._autograd_kernel, "Autograd")
-        self.definition_as_kernel = _with_contiguous_outputs(definition)
+        self.definition_as_kernel = _arranged(definition, arrange)
         library.impl(self.name, self.definition_as_kernel, "CompositeExplicitAutograd")
 
     def __call__(self, *inputs: Any) -> Any:
@@ -156,13 +172,13 @@ def _differentiable_functions(
     return type(name, (Eager,), {}), type(name, (Transformable,), {})
 
 
-def _with_contiguous_outputs(definition: Definition) -> Definition:
-    """The definition as a kernel: outputs contiguous, as the fake says, whatever the layout of the inputs."""
+def _arranged(function: Definition, arrange: Arrange) -> Definition:
+    """A definition or a fake, its outputs laid out as a kernel lays them out."""
 
     def kernel(*inputs: Any) -> Any:
-        outputs = definition(*inputs)
+        outputs = function(*inputs)
         if isinstance(outputs, Tensor):
-            return outputs.contiguous()
-        return tuple(output.contiguous() for output in outputs)
+            return arrange(inputs, outputs)
+        return tuple(arrange(inputs, output) for output in outputs)
 
     return kernel

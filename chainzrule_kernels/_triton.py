@@ -29,11 +29,16 @@ _OPERATORS = {
     "activation_tangent": "_tangent_triton",
     "activation_tangent_backward": "_tangent_triton",
 }
-"""Every operator, and the module of :mod:`chainzrule_kernels.ops` that holds its kernels."""
+"""Every operator with a Triton kernel, and the module of :mod:`chainzrule_kernels.ops` that holds its kernels."""
 
 missing_because: str | None = None
 device_types = {"cuda"}
 _checked = False
+
+
+def serves(op: str) -> bool:
+    """Whether the operator behind a public op has a Triton kernel. (The linear ops end in the pass of the others.)"""
+    return op.removeprefix("linear_") in _OPERATORS
 
 
 def load(module: str = "_dreg_triton") -> ModuleType:

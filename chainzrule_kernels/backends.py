@@ -80,7 +80,7 @@ def why_not(name: str, op: str, z: Tensor) -> str | None:
             return f"it serves CPU tensors, and this one is on {z.device}"
         return _native_cpu_missing()
     if name == "triton":
-        return _triton_missing(z)
+        return _triton_missing(op, z)
     return f"this version has no {name} kernel for {op}"
 
 
@@ -90,11 +90,13 @@ def _native_cpu_missing() -> str | None:
     return _native.missing_because
 
 
-def _triton_missing(z: Tensor) -> str | None:
+def _triton_missing(op: str, z: Tensor) -> str | None:
     from chainzrule_kernels import _triton
 
     if z.device.type not in _triton.device_types:
         return f"it serves CUDA tensors, and this one is on {z.device}"
+    if not _triton.serves(op):
+        return f"this version has no triton kernel for {op}"
     if not torch.compiler.is_compiling():
         _triton.check()
     return _triton.missing_because

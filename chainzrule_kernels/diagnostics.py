@@ -140,7 +140,7 @@ class Table(tuple[Row, ...]):
         rows: Sequence[Any] = self
         names = [field.name for field in dataclasses.fields(rows[0])]
         cells = [[name.replace("_", " ") for name in names]]
-        cells += [[_cell(getattr(row, name)) for name in names] for row in rows]
+        cells += [[format_cell(getattr(row, name)) for name in names] for row in rows]
         widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
         numeric = [not any(isinstance(getattr(row, name), str) for row in rows) for name in names]
         lines = [
@@ -153,7 +153,8 @@ class Table(tuple[Row, ...]):
         return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
+    """A value as it stands in a table."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

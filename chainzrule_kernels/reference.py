@@ -5,19 +5,23 @@ itself. Computing in float64 is a matter of passing float64.
 """
 
 from chainzrule_kernels.ops.activation_dreg.definition import activation_dreg
+from chainzrule_kernels.ops.activation_spatial_dreg.definition import activation_spatial_dreg
 from chainzrule_kernels.ops.activation_tangent.definition import activation_tangent
 from chainzrule_kernels.ops.linear_activation_dreg.definition import linear_activation_dreg
 from chainzrule_kernels.ops.linear_polynomial_dreg.definition import linear_polynomial_dreg
 from chainzrule_kernels.ops.polynomial.definition import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.definition import polynomial_dreg
+from chainzrule_kernels.ops.polynomial_spatial_dreg.definition import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.definition import polynomial_tangent
 
 __all__ = [
     "activation_dreg",
+    "activation_spatial_dreg",
     "activation_tangent",
     "linear_activation_dreg",
     "linear_polynomial_dreg",
     "polynomial",
     "polynomial_dreg",
+    "polynomial_spatial_dreg",
     "polynomial_tangent",
 ]

@@ -26,8 +26,52 @@ def test_schedules_hold_their_ends_and_their_curve():
     assert [ck.schedules.constant(0.25)(step) for step in (0, 1, 100)] == [0.25] * 3
 
 
+def test_warm_up_rises_and_then_goes_on():
+    schedule = ck.schedules.warm_up(ck.schedules.linear(1.0, 0.0, 4), 2)
+    assert [schedule(step) for step in range(8)] == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert [ck.schedules.warm_up(lambda step: 4.0 + step, 4, start=2.0)(step) for step in range(6)] == [
+        2.0,
+        2.5,
+        3.0,
+        3.5,
+        4.0,
+        5.0,
+    ]
+    twice = ck.schedules.warm_up(ck.schedules.warm_up(ck.schedules.constant(1.0), 2, start=0.5), 2)
+    assert [twice(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ck.schedules.constant(0.5),
+        ck.schedules.linear(1.0, 0.0, 10),
+        ck.schedules.cosine(1.0, 0.1, 10),
+        ck.schedules.exponential(1.0, 0.01, 10),
+        ck.schedules.warm_up(ck.schedules.cosine(1.0, 0.1, 6), 4),
+    ],
+    ids=lambda schedule: getattr(schedule, "shape", "warm-up"),
+)
+def test_a_run_that_is_resumed_from_a_checkpoint_goes_on_with_the_same_strengths(schedule, tmp_path):
+    def attached():
+        return ck.DREG(ck.nn.ChainzRuleNet((2, 3, 2)), schedule=schedule)
+
+    reg, strengths = attached(), []
+    for step in range(12):
+        if step == 5:
+            torch.save({"regulariser": reg.state_dict()}, tmp_path / "checkpoint.pt")
+        strengths.append(reg.strength)
+        reg.step()
+    resumed = attached()
+    # What torch.load does by default: nothing but tensors, numbers and containers of them.
+    resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["regulariser"])
+    for strength in strengths[5:]:
+        assert resumed.strength == strength
+        resumed.step()
+
+
 def test_schedules_can_be_copied_and_stored():
-    schedule = ck.schedules.cosine(1.0, 0.0, 10)
+    schedule = ck.schedules.warm_up(ck.schedules.cosine(1.0, 0.0, 10), 2)
     assert copy.deepcopy(schedule) == schedule
     assert pickle.loads(pickle.dumps(schedule))(3) == schedule(3)
 
@@ -37,6 +81,9 @@ def test_schedules_can_be_copied_and_stored():
     [
         (lambda: ck.schedules.linear(1.0, 0.0, 0), ValueError, "steps: expected at least 1, got 0"),
         (lambda: ck.schedules.linear(1.0, 0.0, 2.5), TypeError, "steps: expected an int, got float"),
+        (lambda: ck.schedules.warm_up(0.5, 2), TypeError, "schedule: expected a function of the step, got float"),
+        (lambda: ck.schedules.warm_up(ck.schedules.constant(), 0), ValueError, "steps: expected at least 1, got 0"),
+        (lambda: ck.schedules.warm_up(ck.schedules.constant(), 2, None), TypeError, "start: expected a number, got N"),
         (lambda: ck.schedules.linear("1", 0.0, 2), TypeError, "start: expected a number, got str"),
         (lambda: ck.schedules.cosine(0.0, math.inf, 2), ValueError, "end: expected a finite number, got inf"),
         (lambda: ck.schedules.exponential(1.0, 0.0, 2), ValueError, "start, end: expected positive numbers"),

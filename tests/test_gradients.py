@@ -208,17 +208,24 @@ def test_r18_dual_numbers_under_no_grad(case: Case, device: str) -> None:
     assert found[0][0].abs().max() > 0
 
 
+def _members(
+    case: Case, device: str, shape: tuple[int, ...]
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], tuple[int | None, ...]]:
+    """Several draws of the data with the same parameters; the same stacked; and the dimensions to map over."""
+    members = [case.arguments(shape, torch.float64, device=device, seed=seed) for seed in range(4)]
+    data = {argument.name for argument in case.tensors if argument.is_data}
+    stacked = {
+        name: torch.stack([member[name] for member in members]) if name in data else value
+        for name, value in members[0].items()
+    }
+    return members, stacked, tuple(0 if name in data else None for name in stacked)
+
+
 @each(REPRESENTATIVE)
 def test_r18_vmap_over_the_data(case: Case, device: str) -> None:
-    tensors = _doubles(case, device, shape=(4, 3, 5))
-    data = {argument.name for argument in case.tensors if argument.is_data}
-    # Tangents carry their own leading dimension, so their batch comes second.
-    in_dims = tuple((1 if name == "z_dot" else 0) if name in data else None for name in tensors)
-    called = _by_position(case, case, list(tensors))
-    found = torch.func.vmap(called, in_dims=in_dims)(*tensors.values())
-    expected = []
-    for result, name in zip(case.reference(tensors), case.outputs, strict=True):
-        expected.append(result.movedim(1, 0) if name in ("y_dot", "tangent_sq") else result)
+    members, stacked, in_dims = _members(case, device, (3, 5))
+    found = torch.func.vmap(_by_position(case, case, list(stacked)), in_dims=in_dims)(*stacked.values())
+    expected = [torch.stack(results) for results in zip(*(case.reference(member) for member in members), strict=True)]
     assert_same(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -240,29 +247,25 @@ def test_r18_vmap_over_the_parameters(case: Case, device: str) -> None:
 
 @each(FULLEST)
 def test_r18_per_sample_gradients(case: Case, device: str) -> None:
-    tensors = _doubles(case, device, shape=(4, 5))
-    names = list(tensors)
-    data = {argument.name for argument in case.tensors if argument.is_data}
-    in_dims = tuple((1 if name == "z_dot" else 0) if name in data else None for name in names)
+    _, stacked, in_dims = _members(case, device, (5,))
+    names = list(stacked)
     results = []
     for function in (case, case.reference):
         gradient = torch.func.grad(_loss(function, names), argnums=tuple(range(len(names))))
-        results.append(list(torch.func.vmap(gradient, in_dims=in_dims)(*tensors.values())))
+        results.append(list(torch.func.vmap(gradient, in_dims=in_dims)(*stacked.values())))
     assert_same(*results, rtol=1e-9, atol=1e-9)
 
 
 @each(FULLEST)
 def test_r18_gradient_of_vmap(case: Case, device: str) -> None:
-    tensors = _doubles(case, device, shape=(4, 5))
-    names = list(tensors)
-    data = {argument.name for argument in case.tensors if argument.is_data}
-    in_dims = tuple((1 if name == "z_dot" else 0) if name in data else None for name in names)
+    _, stacked, in_dims = _members(case, device, (5,))
+    names = list(stacked)
 
     def summed(function: Callable[..., Any], *values: Tensor) -> Tensor:
         return torch.func.vmap(_loss(function, names), in_dims=in_dims)(*values).sum()
 
     results = [
-        list(torch.func.grad(partial(summed, function), argnums=tuple(range(len(names))))(*tensors.values()))
+        list(torch.func.grad(partial(summed, function), argnums=tuple(range(len(names))))(*stacked.values()))
         for function in (case, case.reference)
     ]
     assert_same(*results, rtol=1e-9, atol=1e-9)

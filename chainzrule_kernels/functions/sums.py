@@ -21,10 +21,20 @@ def sum_of_all(values: Tensor) -> Tensor:
     return flat[:whole].reshape(-1, _COLUMNS).sum(0).sum() + flat[whole:].sum()
 
 
-def sum_over_leading(values: Tensor) -> Tensor:
-    """The sum over every dimension but the last: ``(..., N) -> (N,)``."""
+def sum_over_leading(values: Tensor, kept: int = 1) -> Tensor:
+    """The sum over every dimension but the last ``kept``: ``(..., N) -> (N,)``."""
+    leading = values.dim() - kept
+    if leading == 0:
+        return values
+    if values.shape[leading:].numel() == 1:
+        return sum_of_all(values).reshape(values.shape[leading:])
+    return values.sum(tuple(range(leading)))
+
+
+def sum_over_trailing(values: Tensor) -> Tensor:
+    """The sum over every dimension but the first: ``(B, ...) -> (B,)``."""
     if values.dim() == 1:
         return values
-    if values.shape[-1] == 1:
+    if not torch.compiler.is_compiling() and values.shape[0] == 1:
         return sum_of_all(values).reshape(1)
-    return values.sum(tuple(range(values.dim() - 1)))
+    return values.sum(tuple(range(1, values.dim())))

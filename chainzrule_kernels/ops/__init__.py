@@ -8,6 +8,8 @@ _ROOMS = (
     "polynomial",
     "polynomial_dreg",
     "activation_dreg",
+    "polynomial_spatial_dreg",
+    "activation_spatial_dreg",
     "polynomial_tangent",
     "activation_tangent",
     "linear_polynomial_dreg",

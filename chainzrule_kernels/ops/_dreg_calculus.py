@@ -1,6 +1,6 @@
 r"""Derivatives of ``y = f(z)``, ``jac_sq = Σ_j f'(z_j)² r_j`` for any scalar function ``f`` (SPEC 2.2).
 
-Plain PyTorch, shared by ``polynomial``, ``polynomial_dreg`` and ``activation_dreg``. Notation: ``f_1, f_2, f_3`` are
+Plain PyTorch, shared by ``polynomial`` and all ``*_dreg`` ops. Notation: ``f_1, f_2, f_3`` are
 ``f', f'', f'''`` at ``z``; ``r`` is ``row_sq``; ``g_y, g_s, g_d`` are the gradients that arrive for ``y``, ``jac_sq``
 and ``derivative``; ``h = 2 g_s r f' + g_d`` is what arrives at ``f'`` in all. For polynomials a direction ``c_dot`` in
 coefficient space is itself a polynomial, and its value and derivatives enter as ``C_0, C_1, C_2``.
@@ -27,7 +27,7 @@ def backward(function: ScalarFunction, z: Tensor, row_sq: Tensor | None, grads: 
     _, f_1, f_2 = function.derivatives(z, 2)
     h = plus(times(2.0, g_s, _or_one(row_sq), f_1), g_d)
     dz = plus(times(g_y, f_1), times(h, f_2))
-    drow_sq = over_batch(times(g_s, f_1, f_1))
+    drow_sq = over_batch(times(g_s, f_1, f_1), row_sq)
     dcoeffs = function.coefficient_gradient(z, (g_y, h)) if isinstance(function, Polynomial) else None
     return dz, drow_sq, dcoeffs
 
@@ -61,7 +61,7 @@ def backward_vjp(
         times(h, plus(times(a, f_3), B_2)),
         times(2.0, g_s, e, f_1, f_2),
     )
-    drow_sq = over_batch(times(2.0, g_s, f_1, at_slope))
+    drow_sq = over_batch(times(2.0, g_s, f_1, at_slope), row_sq)
     dcoeffs = None
     if isinstance(function, Polynomial):
         slope_weight = plus(times(g_y, a), times(2.0, g_s, r, at_slope), times(2.0, g_s, e, f_1))
@@ -90,7 +90,7 @@ def backward_jvp(
     h = plus(times(2.0, g_s, r, f_1), g_d)
     h_dot = plus(times(2.0, g_s_dot, r, f_1), times(2.0, g_s, row_sq_dot, f_1), times(2.0, g_s, r, f_1_dot), g_d_dot)
     dz_dot = plus(times(g_y_dot, f_1), times(g_y, f_1_dot), times(h_dot, f_2), times(h, f_2_dot))
-    drow_sq_dot = over_batch(plus(times(g_s_dot, f_1, f_1), times(2.0, g_s, f_1, f_1_dot)))
+    drow_sq_dot = over_batch(plus(times(g_s_dot, f_1, f_1), times(2.0, g_s, f_1, f_1_dot)), row_sq)
     dcoeffs_dot = None
     if isinstance(function, Polynomial):
         weights = (g_y_dot, plus(times(g_y, z_dot), h_dot), times(h, z_dot))

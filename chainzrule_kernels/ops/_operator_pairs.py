@@ -1,8 +1,9 @@
 """A forward operator and the backward operator that its vjp calls, for any scalar function.
 
-Both ops with a Jacobian norm, ``*_dreg`` and ``*_tangent``, have the same shape: three differentiable inputs ``z``, a
-companion (``row_sq`` or ``z_dot``) and ``coeffs``, and three outputs. The fixed activations have a string ``kind`` in
-the place of ``coeffs``. So one builder registers all four pairs, and polynomials and activations cannot drift apart.
+The ops with a Jacobian norm, ``*_dreg``, ``*_spatial_dreg`` and ``*_tangent``, have the same shape: three differentiable
+inputs ``z``, a companion (``row_sq``, ``tap_sq`` or ``z_dot``) and ``coeffs``, and two or three outputs. The fixed
+activations have a string ``kind`` in the place of ``coeffs``. So one builder registers all six pairs, and polynomials and
+activations cannot drift apart.
 
 An operator always returns the same number of tensors: a result that was not asked for is an empty tensor.
 """
@@ -16,14 +17,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chainzrule_kernels._registration import Operator
+from chainzrule_kernels._registration import Arrange, Operator, contiguous
 from chainzrule_kernels.functions import Activation, Polynomial, ScalarFunction, compute_dtype
 from chainzrule_kernels.ops._dreg_calculus import Optional3
 from chainzrule_kernels.ops._terms import cast
 
 
 class Calculus(Protocol):
-    """The derivative formulas of an op (``_dreg_calculus``, ``_tangent_calculus``), all in the compute dtype."""
+    """The derivative formulas of an op (``_dreg_calculus`` and its like), all in the compute dtype.
+
+    They speak of three outputs; what belongs to a third that the op has not is absent.
+    """
 
     def backward(self, function: ScalarFunction, z: Any, companion: Any, grads: Optional3) -> Optional3: ...
     def jvp(self, function: ScalarFunction, z: Any, companion: Any, changes: Optional3) -> Optional3: ...
@@ -55,23 +59,25 @@ def register_pair(
     companion: str,
     has_coeffs: bool,
     flags: str,
-    grads: tuple[str, str, str],
+    grads: tuple[str, ...],
     definition: Callable[..., tuple[Tensor, ...]],
     fake: Callable[..., tuple[Tensor, ...]],
     calculus: Calculus,
+    arrange: Arrange = contiguous,
 ) -> OperatorPair:
     """Register ``name(z, companion[, coeffs][, kind][, flags])`` and ``name_backward``.
 
     Args:
         name: of the forward operator.
-        companion: the schema of the second tensor, ``"Tensor? row_sq"`` or ``"Tensor z_dot"``.
+        companion: the schema of the second tensor, such as ``"Tensor? row_sq"``.
         has_coeffs: whether the function is a polynomial with a tensor ``coeffs``, or an activation with a string
             ``kind``.
         flags: the schema of what else the forward takes, ``"bool return_derivative"`` or nothing.
-        grads: the names of the gradients that arrive for the three outputs.
+        grads: the names of the gradients that arrive for the outputs.
         definition: the forward in plain PyTorch, with the operator's signature.
         fake: ``(z, companion, *flags)``: the forward's outputs, empty.
         calculus: the derivative formulas.
+        arrange: how the results of both operators lie in memory, as for :class:`Operator`.
     """
     parameter_count = 3 if has_coeffs else 2
     kind_count = 0 if has_coeffs else 1
@@ -95,8 +101,8 @@ def register_pair(
         return function_at(inputs), z, companion_value
 
     def triple(values: Sequence[Tensor | None]) -> Optional3:
-        """What belongs to ``(z, companion, coeffs)``, absent for the coefficients that an activation has not."""
-        return values[0], values[1], values[2] if has_coeffs else None
+        """What belongs to ``(z, companion, coeffs)`` or to the outputs, absent for a third that there is not."""
+        return values[0], values[1], values[2] if len(values) > 2 else None
 
     # ---- the forward's derivatives --------------------------------------------------------------------------------
 
@@ -104,8 +110,8 @@ def register_pair(
         return fake(*inputs[:2], *inputs[3:])
 
     def of_outputs(inputs: Sequence[Any], values: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """What belongs to the three outputs, absent for a ``derivative`` that was not asked for."""
-        return values if all(inputs[3:]) else (*values[:2], None)
+        """What belongs to the outputs, absent for a ``derivative`` that was not asked for."""
+        return values[: len(grads)] if all(inputs[3:]) else (*values[:2], None)
 
     def forward_vjp(
         inputs: tuple[Any, ...], needs: tuple[bool, ...], grads: Sequence[Tensor | None]
@@ -122,12 +128,12 @@ def register_pair(
             for result, output in zip(results, forward_fake(*inputs), strict=True)
         )
 
-    # ---- the backward: (z, companion[, coeffs], three grads[, kind], one "needs" for each parameter) -----------------
+    # ---- the backward: (z, companion[, coeffs], grads[, kind], one "needs" for each parameter) -----------------------
 
     def split(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[bool]]:
         """The forward's tensors, the gradients that arrived, and which results are wanted."""
-        grads = inputs[parameter_count : parameter_count + 3]
-        return inputs[:parameter_count], grads, inputs[-parameter_count:]
+        arrived = inputs[parameter_count : parameter_count + len(grads)]
+        return inputs[:parameter_count], arrived, inputs[-parameter_count:]
 
     def as_wanted(results: Sequence[Tensor | None], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         """Each result in its parameter's dtype; zeros where nothing arrived that it depends on; empty if not wanted."""
@@ -143,9 +149,9 @@ def register_pair(
         return tuple(finished)
 
     def backward_definition(*inputs: Any) -> tuple[Tensor, ...]:
-        _, grads, _ = split(inputs)
+        _, arrived, _ = split(inputs)
         z = inputs[0]
-        results = calculus.backward(*arguments_of(inputs), computed(z, grads))
+        results = calculus.backward(*arguments_of(inputs), triple(computed(z, arrived)))
         return as_wanted(results, inputs)
 
     def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -158,32 +164,38 @@ def register_pair(
     def backward_vjp(
         inputs: tuple[Any, ...], needs: tuple[bool, ...], cotangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        parameters, grads, wanted = split(inputs)
+        parameters, arrived, wanted = split(inputs)
         z = inputs[0]
         # The cotangent of a result that was not wanted belongs to an empty tensor.
         cotangents = [value if want else None for value, want in zip(cotangents, wanted, strict=True)]
-        results = calculus.backward_vjp(*arguments_of(inputs), computed(z, grads), triple(computed(z, cotangents)))
-        results = (*results[:parameter_count], *results[3:])
-        return tuple(cast(result, like) for result, like in zip(results, (*parameters, *grads), strict=True))
+        results = calculus.backward_vjp(
+            *arguments_of(inputs), triple(computed(z, arrived)), triple(computed(z, cotangents))
+        )
+        results = (*results[:parameter_count], *results[3 : 3 + len(grads)])
+        return tuple(cast(result, like) for result, like in zip(results, (*parameters, *arrived), strict=True))
 
     def backward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        _, grads, _ = split(inputs)
+        _, arrived, _ = split(inputs)
         z = inputs[0]
         changes = computed(z, tangents)
         results = calculus.backward_jvp(
             *arguments_of(inputs),
-            computed(z, grads),
+            triple(computed(z, arrived)),
             triple(changes[:parameter_count]),
-            changes[parameter_count:],
+            triple(changes[parameter_count:]),
         )
         return as_wanted(results, inputs)
 
+    def tensors(count: int) -> str:
+        return ", ".join(["Tensor"] * count)
+
     forward_operator = Operator(
-        f"{name}(Tensor z, {companion}, {function_schema}{', ' + flags if flags else ''}) -> (Tensor, Tensor, Tensor)",
+        f"{name}(Tensor z, {companion}, {function_schema}{', ' + flags if flags else ''}) -> ({tensors(len(grads))})",
         definition=definition,
         fake=forward_fake,
         vjp=forward_vjp,
         jvp=forward_jvp,
+        arrange=arrange,
     )
     arguments = [
         "Tensor z",
@@ -196,11 +208,12 @@ def register_pair(
         *(["bool needs_coeffs"] if has_coeffs else []),
     ]
     backward_operator = Operator(
-        f"{name}_backward({', '.join(arguments)}) -> ({', '.join(['Tensor'] * parameter_count)})",
+        f"{name}_backward({', '.join(arguments)}) -> ({tensors(parameter_count)})",
         definition=backward_definition,
         fake=backward_fake,
         vjp=backward_vjp,
         jvp=backward_jvp,
+        arrange=arrange,
     )
     return OperatorPair(forward_operator, backward_operator)
 
@@ -210,6 +223,11 @@ def dreg_fake(z: Tensor, row_sq: Tensor | None, return_derivative: bool) -> tupl
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     jac_sq = z.new_empty(z.shape[:-1], dtype=compute_dtype(z))
     return y, jac_sq, torch.empty_like(y) if return_derivative else z.new_empty(0)
+
+
+def spatial_dreg_fake(z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, ...]:
+    """Empty ``(y, jac_sq)``."""
+    return torch.empty_like(z), z.new_empty(z.shape[:1], dtype=compute_dtype(z))
 
 
 def tangent_fake(z: Tensor, z_dot: Tensor) -> tuple[Tensor, ...]:

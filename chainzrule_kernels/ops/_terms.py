@@ -37,9 +37,9 @@ def over_channels(term: Tensor | None) -> Tensor | None:
     return None if term is None else term.sum(-1)
 
 
-def over_batch(term: Tensor | None) -> Tensor | None:
-    """The sum over every dimension but the last."""
-    return None if term is None else sum_over_leading(term)
+def over_batch(term: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The sum over the leading dimensions that ``like`` has not; ``None`` when either is absent."""
+    return None if term is None or like is None else sum_over_leading(term, like.dim())
 
 
 def over_tangents(term: Tensor | None) -> Tensor | None:

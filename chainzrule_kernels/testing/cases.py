@@ -31,7 +31,7 @@ class TensorArgument:
 
     Attributes:
         name: the argument's name in the public function.
-        shape: its shape, given that of the first argument.
+        shape: its shape, given the shape for which a case is drawn: that of the data, for most ops.
         draw: ``(shape, generator)``: float64 values.
         is_data: whether it carries a batch, and so follows the dtype and arrangement of the data, or is a parameter.
     """
@@ -90,7 +90,7 @@ class Case:
         """Draw the tensor arguments, by name.
 
         Args:
-            shape: that of the first argument.
+            shape: that of the data; where an op needs more dimensions, as feature maps do, ones are put in front.
             dtype: of the data.
             parameter_dtype: of everything else; that of the data by default.
             arrange: how the data lies in memory.
@@ -171,19 +171,37 @@ def _biases(shape: Shape, generator: torch.Generator) -> Tensor:
     return _normal(shape, generator) / 4
 
 
+def _maps(data: Shape) -> Shape:
+    """The shape of feature maps ``(B, C, *spatial)``."""
+    return data if len(data) > 1 else (1, *data)
+
+
 Z = TensorArgument("z", lambda z: z, _uniform, is_data=True)
 Z_DOT = TensorArgument("z_dot", lambda z: (TANGENTS, *z), _uniform, is_data=True)
 X = TensorArgument("x", lambda x: x, _uniform, is_data=True)
+MAPS = TensorArgument("z", _maps, _uniform, is_data=True)
+TAP_SQ = TensorArgument("tap_sq", lambda data: _maps(data)[1:], _squares)
+CHANNEL_TAP_SQ = TensorArgument("tap_sq", lambda data: _maps(data)[1:2], _squares)
 ROW_SQ = TensorArgument("row_sq", lambda z: (z[-1],), _squares)
 WEIGHT = TensorArgument("weight", lambda x: (x[-1] + EXTRA_FEATURES, x[-1]), _weights)
 BIAS = TensorArgument("bias", lambda x: (x[-1] + EXTRA_FEATURES,), _biases)
 
 
-def _coeffs(degree: int, per_channel: bool, extra_channels: int = 0) -> TensorArgument:
+def _coeffs(degree: int, channels: Callable[[Shape], int] | None) -> TensorArgument:
+    """One polynomial for each of so many channels, or one that they share."""
+
     def shape(data: Shape) -> Shape:
-        return (degree + 1, data[-1] + extra_channels) if per_channel else (degree + 1,)
+        return (degree + 1,) if channels is None else (degree + 1, channels(data))
 
     return TensorArgument("coeffs", shape, _coefficients)
+
+
+def _last(data: Shape) -> int:
+    return data[-1]
+
+
+def _features(data: Shape) -> int:
+    return data[-1] + EXTRA_FEATURES
 
 
 # ---- the same-dtype PyTorch expressions -----------------------------------------------------------------------------
@@ -210,6 +228,16 @@ def _plain_dreg(arguments: Arguments) -> tuple[Tensor, ...]:
         squares = squares * arguments["row_sq"].to(z.dtype)
     results = (value, _norm(squares))
     return (*results, slope) if arguments.get("return_derivative") else results
+
+
+def _plain_spatial_dreg(arguments: Arguments) -> tuple[Tensor, ...]:
+    z = arguments["z"].movedim(1, -1)
+    tap_sq = arguments.get("tap_sq")
+    value, slope = _function(arguments, z.dtype).derivatives(z, 1)
+    squares = slope.square()
+    if tap_sq is not None:
+        squares = squares * tap_sq.to(z.dtype).movedim(0, -1)
+    return value.movedim(-1, 1), _norm(squares.flatten(1))
 
 
 def _plain_tangent(arguments: Arguments) -> tuple[Tensor, ...]:
@@ -240,7 +268,15 @@ def _each_polynomial() -> list[tuple[str, int, bool]]:
 
 def _polynomial() -> list[Case]:
     return [
-        Case("polynomial", form, (Z, _coeffs(degree, per_channel)), {}, ("y",), _plain_value, degree == 3)
+        Case(
+            "polynomial",
+            form,
+            (Z, _coeffs(degree, _last if per_channel else None)),
+            {},
+            ("y",),
+            _plain_value,
+            degree == 3,
+        )
         for form, degree, per_channel in _each_polynomial()
     ]
 
@@ -263,7 +299,7 @@ def _polynomial_dreg() -> list[Case]:
     return [
         case
         for form, degree, per_channel in _each_polynomial()
-        for case in _dreg("polynomial_dreg", form, (_coeffs(degree, per_channel),), {}, degree == 3)
+        for case in _dreg("polynomial_dreg", form, (_coeffs(degree, _last if per_channel else None),), {}, degree == 3)
     ]
 
 
@@ -278,6 +314,40 @@ def _activation_dreg() -> list[Case]:
     ]
 
 
+def _spatial(
+    op: str, form: str, function: tuple[TensorArgument, ...], kind: dict[str, str], quick: bool
+) -> list[Case]:
+    """With ``tap_sq`` for every element, and where quick also for every channel and without."""
+    forms = {", tap_sq": (TAP_SQ,), ", tap_sq for each channel": (CHANNEL_TAP_SQ,), "": ()}
+    return [
+        Case(op, form + words, (MAPS, *function, *taps), kind, ("y", "jac_sq"), _plain_spatial_dreg, quick)
+        for words, taps in forms.items()
+        if quick or taps == (TAP_SQ,)
+    ]
+
+
+def _polynomial_spatial_dreg() -> list[Case]:
+    return [
+        case
+        for form, degree, per_channel in _each_polynomial()
+        for case in _spatial(
+            "polynomial_spatial_dreg",
+            form,
+            (_coeffs(degree, (lambda data: _maps(data)[1]) if per_channel else None),),
+            {},
+            degree == 3,
+        )
+    ]
+
+
+def _activation_spatial_dreg() -> list[Case]:
+    return [
+        case
+        for kind in ACTIVATION_KINDS
+        for case in _spatial("activation_spatial_dreg", kind, (), {"kind": kind}, kind in QUICK_KINDS)
+    ]
+
+
 TANGENT_OUTPUTS = ("y", "y_dot", "tangent_sq")
 
 
@@ -286,7 +356,7 @@ def _polynomial_tangent() -> list[Case]:
         Case(
             "polynomial_tangent",
             form,
-            (Z, Z_DOT, _coeffs(degree, per_channel)),
+            (Z, Z_DOT, _coeffs(degree, _last if per_channel else None)),
             {},
             TANGENT_OUTPUTS,
             _plain_tangent,
@@ -329,7 +399,7 @@ def _linear_polynomial_dreg() -> list[Case]:
         case
         for form, degree, per_channel in _each_polynomial()
         for case in _linear(
-            "linear_polynomial_dreg", form, (_coeffs(degree, per_channel, EXTRA_FEATURES),), {}, degree == 3
+            "linear_polynomial_dreg", form, (_coeffs(degree, _features if per_channel else None),), {}, degree == 3
         )
     ]
 
@@ -346,6 +416,8 @@ CASES: tuple[Case, ...] = (
     *_polynomial(),
     *_polynomial_dreg(),
     *_activation_dreg(),
+    *_polynomial_spatial_dreg(),
+    *_activation_spatial_dreg(),
     *_polynomial_tangent(),
     *_activation_tangent(),
     *_linear_polynomial_dreg(),

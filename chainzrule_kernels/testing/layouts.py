@@ -40,6 +40,11 @@ def permuted(values: Tensor) -> Tensor:
     return values.movedim(-1, 1).contiguous().movedim(1, -1) if values.dim() > 2 else transposed(values)
 
 
+def channels_innermost(values: Tensor) -> Tensor:
+    """The second dimension last in memory, as in ``torch.channels_last``."""
+    return values.movedim(1, -1).contiguous().movedim(-1, 1) if values.dim() > 2 else transposed(values)
+
+
 def expanded(values: Tensor) -> Tensor:
     """The first row for every row, with stride 0. (This arrangement changes the values.)"""
     return values[:1].expand_as(values) if values.dim() > 0 else values
@@ -80,6 +85,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("transposed", _SHAPE, transposed),
     Layout("sliced", _SHAPE, sliced),
     Layout("permuted", _SHAPE, permuted),
+    Layout("channels innermost", _SHAPE, channels_innermost),
     Layout("expanded", (6, 37), expanded, changes_values=True),
     Layout("broadcast", (6, 37), broadcast, changes_values=True),
     Layout("long rows", (2, 2500), contiguous),

@@ -1,0 +1,1 @@
+"""The room of ``activation_spatial_dreg``: see README.md, then definition.py."""
