@@ -24,6 +24,8 @@ _OPERATORS = {
     "polynomial_dreg_backward": "_dreg_triton",
     "activation_dreg": "_dreg_triton",
     "activation_dreg_backward": "_dreg_triton",
+    "linear_polynomial_dreg": "_linear_triton",
+    "linear_activation_dreg": "_linear_triton",
     "polynomial_tangent": "_tangent_triton",
     "polynomial_tangent_backward": "_tangent_triton",
     "activation_tangent": "_tangent_triton",

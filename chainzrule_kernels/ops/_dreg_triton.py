@@ -53,7 +53,9 @@ def _forward(
         rows, columns = 1, z.numel()
         plan, tiles = _launch.flat_plan(columns, itemsize), _launch.flat_tiles(itemsize)
     else:
-        plan, tiles = _launch.forward_plan(rows, columns, itemsize), _launch.forward_tiles(itemsize)
+        activation = coeffs is None
+        plan = _launch.forward_plan(rows, columns, itemsize, activation)
+        tiles = _launch.forward_tiles(itemsize, activation)
     parts = norm
     if norm is not None and plan.splits > 1:
         parts = norm.new_empty(rows, plan.splits)
@@ -154,7 +156,7 @@ def _backward(
     )
 
 
-def _dreg(
+def dreg(
     z: Tensor, row_sq: Tensor | None, coeffs: Tensor | None, kind: str, return_derivative: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     norm = z.new_empty(z.shape[:-1], dtype=compute_dtype(z))
@@ -171,7 +173,7 @@ def polynomial_dreg(
     z: Tensor, row_sq: Tensor | None, coeffs: Tensor, return_derivative: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_dreg``."""
-    return _dreg(z, row_sq, coeffs, "polynomial", return_derivative)
+    return dreg(z, row_sq, coeffs, "polynomial", return_derivative)
 
 
 def polynomial_dreg_backward(
@@ -194,7 +196,7 @@ def activation_dreg(
     z: Tensor, row_sq: Tensor | None, kind: str, return_derivative: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``activation_dreg``."""
-    return _dreg(z, row_sq, None, kind, return_derivative)
+    return dreg(z, row_sq, None, kind, return_derivative)
 
 
 def activation_dreg_backward(
