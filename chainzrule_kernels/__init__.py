@@ -1,6 +1,7 @@
 """Fused kernels for polynomial layers and layer-Jacobian regularisation (DREG) in PyTorch."""
 
 from chainzrule_kernels import _native as _native
+from chainzrule_kernels import _native_cuda as _native_cuda
 from chainzrule_kernels import _triton as _triton
 from chainzrule_kernels import coefficients, nn, reference, regularisers, schedules
 from chainzrule_kernels.backends import Explanation, backend, explain

@@ -152,7 +152,7 @@ def linear_with_a_forward_put_on_it() -> nn.Linear:
         ),
         (lambda: nn.Sequential(ck.nn.Polynomial()), "nothing in front of it"),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), ck.nn.Polynomial()), "1 in front of it, a LayerNorm"),
-        (lambda: nn.ModuleDict({"part": ck.nn.Polynomial()}), "in no torch.nn.Sequential"),
+        (lambda: nn.ModuleDict({"part": ck.nn.Polynomial()}), "a ModuleDict, has no forward"),
     ],
 )
 def test_polynomial_without_a_known_linear_is_penalised_alone_and_says_so(build, note):
@@ -169,18 +169,20 @@ def test_a_subclass_of_linear_with_the_forward_of_linear_counts():
     assert (row.penalises, row.units) == ("layer", 5)
 
 
-def test_polynomial_shared_behind_two_layers_is_penalised_alone_and_counts_twice():
+def test_polynomial_shared_behind_two_layers_is_penalised_with_each_weight():
     shared = ck.nn.Polynomial(noise=0.3)
-    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared).double()
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 3), shared).double()
     reg = ck.DREG(model, STRENGTH)
-    (row,) = reg.layers
-    assert (row.penalises, row.note) == ("activation", "it stands behind several layers")
+    assert [(row.name, row.penalises, row.units) for row in reg.layers] == [
+        ("1 behind 0", "layer", 4),
+        ("1 behind 2", "layer", 3),
+    ]
     x = batch(6, 4)
-    z_1 = model[0](x)
-    z_2 = model[2](shared(z_1))
     model(x)
-    expected = squared_slopes(shared.coeffs, z_1).mean() + squared_slopes(shared.coeffs, z_2).mean()
-    torch.testing.assert_close(reg.penalty(), STRENGTH * expected)
+    penalty = reg.penalty()
+    hidden = model[:2](x)
+    expected = squared_jacobian_norms(model[:2], x).mean() + squared_jacobian_norms(model[2:], hidden).mean()
+    torch.testing.assert_close(penalty, STRENGTH * expected)
 
 
 def test_leading_dimensions_are_all_batch():
@@ -958,7 +960,7 @@ def test_a_pass_inside_grad_can_be_asked_for_its_penalty_afterwards():
     ("options", "error", "message"),
     [
         ({"model": "net"}, TypeError, "model: expected a torch.nn.Module, got str"),
-        ({"model": nn.Linear(2, 2)}, ValueError, "model: found no layer to regularise in a Linear; this version"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "model: found no layer to regularise in a Linear, that is no"),
         ({"strength": "1"}, TypeError, "strength: expected a number, got str"),
         ({"strength": -1.0}, ValueError, "strength: expected a finite number of at least 0, got -1.0"),
         ({"strength": float("nan")}, ValueError, "strength: expected a finite number of at least 0, got nan"),
@@ -986,7 +988,10 @@ def test_a_second_regulariser_is_refused():
         ck.DREG(net)
 
 
-def test_plain_activations_are_named_rather_than_passed_over():
-    model = nn.Sequential(ck.nn.PolynomialLinear(2, 2), nn.Linear(2, 2), nn.ReLU())
-    with pytest.warns(UserWarning, match=r"DREG does not regularise 2 \(ReLU\): this version"):
-        ck.DREG(model)
+def test_other_activations_are_named_rather_than_passed_over():
+    model = nn.Sequential(ck.nn.PolynomialLinear(2, 2), nn.Linear(2, 2), nn.LeakyReLU())
+    reg = ck.DREG(model)
+    assert [row.name for row in reg.layers] == ["0"]
+    ((name, module, reason),) = [(row.name, row.module, row.reason) for row in reg.skipped]
+    assert (name, module) == ("2", "LeakyReLU")
+    assert "not one of the activations relu" in reason

@@ -4,26 +4,37 @@ A layer's forward returns ``y`` alone, so that it fits anywhere; the norm that i
 the layer's :class:`JacobianRecord`. The regulariser opens a :class:`ForwardPass` when the model's forward begins,
 which empties the records, and closes it when it ends.
 
+An activation may serve several linear maps, and the forward that calls them is the user's. So a linear map's output
+carries a :class:`Source`, which says whose output it is and what its squared row norms are, and an activation asks its
+:class:`ActivationRecords` for the record that belongs to the source of what it was given.
+
 Everything here is written so that Dynamo can trace it: one list for each layer, emptied by assignment, so that the
 trace reads no state of an earlier pass and has nothing to guard on.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from chainzrule_kernels.functions import compute_dtype
+from chainzrule_kernels.functions.activations import Activation
+from chainzrule_kernels.functions.polynomial import Polynomial
 from chainzrule_kernels.ops._linear import squared_row_norms
+from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
+from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
+from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
+from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 
 if TYPE_CHECKING:
-    from chainzrule_kernels.dreg import DREG
+    from chainzrule_kernels.dreg.regulariser import DREG
 
 
 class ForwardPass:
@@ -113,31 +124,119 @@ def refuse_replica(module: nn.Module) -> None:
         )
 
 
+class Source(NamedTuple):
+    """Whose output a tensor is. The tensor carries it, so that it lives as long as the tensor does.
+
+    Attributes:
+        linear: the name of the linear map.
+        row_sq: its squared row norms ``(N,)``, or for feature maps ``(C,)`` or ``(C, *spatial)``; None for 1.
+        spatial: the number of spatial dimensions of a feature map ``(B, C, *spatial)`` or ``(C, *spatial)``; None for
+            ``(..., N)``.
+        version: of the tensor. A later one means that something has written into it since.
+    """
+
+    linear: str
+    row_sq: Tensor | None
+    spatial: int | None
+    version: int
+
+
+def source_of(value: Any) -> Source | None:
+    """The source that a tensor carries, unless the tensor has been overwritten since."""
+    source = getattr(value, "_jacobian_source", None)
+    return source if source is not None and source.version == _version_of(value) else None
+
+
+def set_source(value: Tensor, linear: str, row_sq: Tensor | None, spatial: int | None) -> None:
+    """Let a tensor carry its source."""
+    value._jacobian_source = Source(linear, row_sq, spatial, _version_of(value))  # type: ignore[attr-defined]
+
+
+def _version_of(value: Tensor) -> int:
+    # An inference tensor counts no versions. Nor does a trace need to: Dynamo would make a constant of it.
+    if torch.compiler.is_compiling() or value.is_inference():
+        return 0
+    return value._version
+
+
+class FixedActivation:
+    """An activation of one of the :data:`~chainzrule_kernels.ACTIVATION_KINDS`, as records call it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.scalar = Activation(kind)
+
+    def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``jac_sq`` over the last dimension."""
+        return activation_dreg(z, self.kind, row_sq)
+
+    def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
+        return activation_spatial_dreg(z, self.kind, tap_sq)
+
+
+class LearnablePolynomial:
+    """A polynomial with the given coefficients, as records call it."""
+
+    def __init__(self, coeffs: Tensor) -> None:
+        self.coeffs = coeffs
+
+    @property
+    def scalar(self) -> Polynomial:
+        """The function of one number."""
+        return Polynomial(self.coeffs)
+
+    def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``jac_sq`` over the last dimension."""
+        return polynomial_dreg(z, self.coeffs, row_sq)
+
+    def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
+        return polynomial_spatial_dreg(z, self.coeffs, tap_sq)
+
+
 class JacobianRecord:
     r"""The Jacobian norms of one layer in the latest forward pass of the model.
 
     Attributes:
         calls: ``(jac_sq, number of units)`` for each time the layer ran. A layer that the model uses twice has two
             entries.
+        linear: the module with the ``weight`` whose row norms count; None for the activation alone.
         nonlinearity: ``E‖J - E J‖_F² / E‖J‖_F²`` over the samples of the latest call; only when it is being measured.
     """
 
     def __init__(self, forward_pass: ForwardPass, linear: nn.Module | None) -> None:
-        """Record for a layer; ``linear`` has the ``weight`` whose row norms count, None for the activation alone."""
         self.forward_pass = forward_pass
         self.linear = linear
         self.calls: list[tuple[Tensor, int]] = []
         self.nonlinearity: float | None = None
 
     def polynomial(self, z: Tensor, coeffs: Tensor) -> Tensor:
-        """``p(z)``, with the Jacobian norm recorded."""
+        """``p(z)``, with the Jacobian norm recorded; ``linear`` is the module that calls, or None."""
         row_sq = None if self.linear is None else squared_row_norms(self.linear.weight, z)  # type: ignore[arg-type]
-        if not self.forward_pass.measures_nonlinearity:
-            y, jac_sq = polynomial_dreg(z, coeffs, row_sq)
+        return self.apply(LearnablePolynomial(coeffs), z, row_sq)
+
+    def apply(
+        self,
+        function: FixedActivation | LearnablePolynomial,
+        z: Tensor,
+        row_sq: Tensor | None,
+        spatial: int | None = None,
+    ) -> Tensor:
+        """``f(z)``, with the Jacobian norm recorded; ``row_sq`` and ``spatial`` as in :class:`Source`."""
+        if spatial is None:
+            y, jac_sq = function.with_norm(z, row_sq)
+            units = z.shape[-1]
         else:
-            y, jac_sq, slope = polynomial_dreg(z, coeffs, row_sq, return_derivative=True)
-            self.nonlinearity = _relative_variance(slope.to(compute_dtype(z)), row_sq)
-        self.add(jac_sq, z.shape[-1])
+            has_batch = z.dim() > spatial + 1
+            y, jac_sq = function.with_norm_of_images(z if has_batch else z.unsqueeze(0), row_sq)
+            if not has_batch:
+                y, jac_sq = y.squeeze(0), jac_sq.squeeze(0)
+            units = math.prod(z.shape[-1 - spatial :])
+        if self.forward_pass.measures_nonlinearity:
+            (_, slope) = function.scalar.derivatives(z.to(compute_dtype(z)), 1)
+            self.nonlinearity = _relative_variance(slope, row_sq, spatial)
+        self.add(jac_sq, units)
         return y
 
     def add(self, jac_sq: Tensor, units: int) -> None:
@@ -165,10 +264,59 @@ class JacobianRecord:
         return {**self.__dict__, "calls": [], "nonlinearity": None}
 
 
-def _relative_variance(slope: Tensor, row_sq: Tensor | None) -> float:
+class ActivationRecords:
+    """The records of one activation: for each linear map that it serves, and under None for any other input.
+
+    Attributes:
+        by_linear: the records, by the name of the linear map.
+        forward_pass: the regulariser's.
+    """
+
+    linear = None
+
+    def __init__(self, forward_pass: ForwardPass) -> None:
+        self.forward_pass = forward_pass
+        self.by_linear: dict[str | None, JacobianRecord] = {}
+
+    def apply(self, function: FixedActivation | LearnablePolynomial, z: Tensor) -> Tensor | None:
+        """``f(z)`` with the norm recorded where it belongs; None when no record is meant for this input."""
+        source = source_of(z)
+        record = None if source is None else self.by_linear.get(source.linear)
+        if record is not None and source is not None:
+            return record.apply(function, z, source.row_sq, source.spatial)
+        record = self.by_linear.get(None)
+        return None if record is None else record.apply(function, z, None)
+
+    def polynomial(self, z: Tensor, coeffs: Tensor) -> Tensor:
+        """``p(z)``, with the norm recorded where it belongs."""
+        y = self.apply(LearnablePolynomial(coeffs), z)
+        return polynomial(z, coeffs) if y is None else y
+
+
+def active_record(module: nn.Module) -> JacobianRecord | ActivationRecords | None:
+    """The record of a module of this package, or None when nothing is to be recorded.
+
+    Raises:
+        RuntimeError: for a replica of :class:`torch.nn.DataParallel`.
+    """
+    record = module.jacobian_record
+    # What an export would record are the fake tensors of its trace.
+    if record is None or torch.compiler.is_exporting():
+        return None
+    refuse_replica(module)
+    return record  # type: ignore[return-value]
+
+
+def _over_positions(tap_sq: Tensor, spatial: int) -> Tensor:
+    return tap_sq if tap_sq.dim() > 1 else tap_sq.view(-1, *(1,) * spatial)
+
+
+def _relative_variance(slope: Tensor, row_sq: Tensor | None, spatial: int | None) -> float:
     """``E‖J - E J‖_F² / E‖J‖_F²`` for ``J = diag(slope) W``: 0 for a layer that acts linearly on these samples."""
-    slope = slope.flatten(0, -2) if slope.dim() > 1 else slope.unsqueeze(0)
+    sample = slope.shape[-1:] if spatial is None else slope.shape[-1 - spatial :]
+    slope = slope.reshape(-1, *sample)
     spread, size = slope.var(0, correction=0), slope.square().mean(0)
     if row_sq is not None:
+        row_sq = _over_positions(row_sq, len(sample) - 1)
         spread, size = spread * row_sq, size * row_sq
     return (spread.sum() / size.sum()).item()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from chainzrule_kernels import _checks
 from chainzrule_kernels.coefficients import check_count, check_degree
-from chainzrule_kernels.nn.jacobian_record import JacobianRecord, refuse_replica
+from chainzrule_kernels.nn.jacobian_record import ActivationRecords, JacobianRecord, active_record
 from chainzrule_kernels.ops.polynomial.op import polynomial
 
 
@@ -34,7 +34,7 @@ class Polynomial(nn.Module):
         TypeError, ValueError: for arguments out of range.
     """
 
-    jacobian_record: JacobianRecord | None = None  # set on the instance by DREG
+    jacobian_record: JacobianRecord | ActivationRecords | None = None  # set on the instance by DREG
 
     def __init__(
         self,
@@ -70,10 +70,8 @@ class Polynomial(nn.Module):
                 raise ValueError(
                     f"z: expected shape (..., num_channels) with num_channels = {coeffs.shape[1]}, got {tuple(z.shape)}"
                 )
-        if self.jacobian_record is None:
-            return polynomial(z, coeffs)
-        refuse_replica(self)
-        return self.jacobian_record.polynomial(z, coeffs)
+        record = active_record(self)
+        return polynomial(z, coeffs) if record is None else record.polynomial(z, coeffs)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from chainzrule_kernels import _checks
 from chainzrule_kernels.coefficients import check_count, check_degree, check_flag
-from chainzrule_kernels.nn.jacobian_record import JacobianRecord, refuse_replica
+from chainzrule_kernels.nn.jacobian_record import ActivationRecords, JacobianRecord, active_record
 from chainzrule_kernels.nn.polynomial import check_noise, reset_coefficients
 from chainzrule_kernels.ops._linear import linear_in_dtype_of_x
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
@@ -42,7 +42,7 @@ class PolynomialLinear(nn.Module):
         TypeError, ValueError: for arguments out of range.
     """
 
-    jacobian_record: JacobianRecord | None = None  # set on the instance by DREG
+    jacobian_record: JacobianRecord | ActivationRecords | None = None  # set on the instance by DREG
 
     def __init__(
         self,
@@ -84,18 +84,20 @@ class PolynomialLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``p(x Wᵀ + b)``."""
-        weight, bias, coeffs, record = self.weight, self.bias, self.coeffs, self.jacobian_record
+        weight, bias, coeffs, record = self.weight, self.bias, self.coeffs, active_record(self)
         _checks.check_z(x, "x")
         if x.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"x: expected shape (..., in_features) with in_features = {weight.shape[-1]}, got {tuple(x.shape)}"
             )
-        if record is not None:
-            refuse_replica(self)
-            if record.linear is self and not record.forward_pass.measures_nonlinearity:
-                y, jac_sq = linear_polynomial_dreg(x, weight, bias, coeffs)
-                record.add(jac_sq, self.out_features)
-                return y
+        if (
+            isinstance(record, JacobianRecord)
+            and record.linear is self
+            and not record.forward_pass.measures_nonlinearity
+        ):
+            y, jac_sq = linear_polynomial_dreg(x, weight, bias, coeffs)
+            record.add(jac_sq, self.out_features)
+            return y
         _checks.check_linear(x, weight, bias)
         z = linear_in_dtype_of_x(x, weight, bias)
         return polynomial(z, coeffs) if record is None else record.polynomial(z, coeffs)

@@ -1,104 +1,26 @@
-r"""DREG: the size of the layer Jacobians as a penalty (arXiv 2606.23942).
-
-For a layer ``y = f(W x + b)`` the Jacobian is ``J = diag(f'(z)) W``, and per sample ``‖J‖_F² = Σ_j f'(z_j)² ‖W_j‖²``
-exactly. The layer's own fused pass computes it beside ``y``; this module finds the layers, collects what they
-recorded, and sums it.
-
-The parts are separate so that each can grow: :func:`find_layers` says which modules are regularised and how,
-:class:`~chainzrule_kernels.nn.jacobian_record.JacobianRecord` is what a layer writes into, :class:`Reduction` is how
-the numbers of many samples, units and layers become one, and :class:`DREG` ties them together.
-"""
+r"""DREG: the size of the layer Jacobians as a penalty (arXiv 2606.23942)."""
 
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chainzrule_kernels.diagnostics import Table, percentile, tail_ratio
+from chainzrule_kernels.dreg.attachment import Attachment, attached_interception
+from chainzrule_kernels.dreg.discovery import Discovery, Layer, SkippedActivation, discover
+from chainzrule_kernels.dreg.selection import Choice, Weights, choose_layers, weights_of
+from chainzrule_kernels.dreg.tables import LayerReport, Reduction, RegularisedLayer
 from chainzrule_kernels.functions.sums import sum_of_all
-from chainzrule_kernels.nn import Polynomial, PolynomialLinear
-from chainzrule_kernels.nn.jacobian_record import ForwardPass, JacobianRecord, is_under_vmap, refuse_replica
+from chainzrule_kernels.nn.jacobian_record import ForwardPass, is_under_vmap, refuse_replica
 
-__all__ = ["DREG", "LayerReport", "Reduction", "RegularisedLayer"]
+__all__ = ["DREG"]
 
-SUPPORTED = (
-    "this version regularises chainzrule_kernels.nn.PolynomialLinear, and chainzrule_kernels.nn.Polynomial, behind a "
-    'torch.nn.Linear in a torch.nn.Sequential or alone, with variant "layer" or "activation"'
-)
 VARIANTS = ("layer", "activation")
-
-_PLAIN_ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Mish)
-# They stand between a linear map and its activation without changing the layer's Jacobian norm.
-_TRANSPARENT = (nn.Dropout, nn.Identity)
-
-Summary = Literal["mean", "sum"]
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """How ``f'(z_j)² r_j`` of every sample, unit and layer become one number: ``"mean"`` or ``"sum"`` over each.
-
-    Attributes:
-        batch: over the samples, that is over every dimension of a layer's input but the last.
-        units: over the units ``j`` of a layer.
-        layers: over the layers; a layer that the model runs twice in a forward pass counts twice.
-    """
-
-    batch: Summary = "mean"
-    units: Summary = "sum"
-    layers: Summary = "sum"
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        for name, value in vars(self).items():
-            if value not in ("mean", "sum"):
-                raise ValueError(f"{name}: expected 'mean' or 'sum', got {value!r}")
-
-
-@dataclass(frozen=True)
-class RegularisedLayer:
-    """One row of :attr:`DREG.layers`.
-
-    Attributes:
-        name: of the module, as in ``model.named_modules()``.
-        module: its class.
-        units: the number of its units; None when it takes any.
-        penalises: ``"layer"`` for ``Σ_j f'(z_j)² ‖W_j‖²``, ``"activation"`` for ``Σ_j f'(z_j)²``.
-        note: where ``W`` stands, or why it is not taken into account.
-    """
-
-    name: str
-    module: str
-    units: int | None
-    penalises: str
-    note: str
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One row of :meth:`DREG.report`: the per-sample Jacobian norm ``‖J‖_F`` (not squared) of a layer.
-
-    Attributes:
-        name: of the layer.
-        mean: over the samples.
-        p99: the 99th percentile.
-        tail_ratio: ``p99 / mean``.
-        nonlinearity: ``E‖J - E J‖_F² / E‖J‖_F²``, between 0 (the layer acts linearly on these samples) and 1; None
-            when the report was made without inputs.
-    """
-
-    name: str
-    mean: float
-    p99: float
-    tail_ratio: float
-    nonlinearity: float | None
 
 
 class DREG:
@@ -118,17 +40,22 @@ class DREG:
     ``strength · schedule(step) · Σ_layers mean_batch Σ_j f'(z_j)² r_j``, with ``r_j = ‖W_j‖²`` or 1.
 
     Args:
-        model: this version regularises :class:`~chainzrule_kernels.nn.PolynomialLinear`, and
-            :class:`~chainzrule_kernels.nn.Polynomial` behind a :class:`torch.nn.Linear` in a
-            :class:`torch.nn.Sequential` (with nothing but dropout or identities between them) or alone. A last linear
-            layer without an activation is not counted.
+        model: any module. A layer is a linear layer or a convolution with an activation behind it, whether module,
+            function or function kept in an attribute; dropout and batch norm may stand between. :attr:`layers` shows
+            what was found, :attr:`skipped` what was not and why. A last linear layer without an activation is not
+            counted, and neither is an activation behind a sum or another activation.
         strength: λ; ``10**-2.5`` is that of arXiv 2606.23942.
-        variant: ``"layer"`` for ``r_j = ‖W_j‖²``, differentiated too, or ``"activation"`` for ``r_j = 1``. A
-            ``Polynomial`` without a ``Linear`` in front is penalised with ``r_j = 1`` in either; :attr:`layers` says
-            which.
+        variant: ``"layer"`` for ``r_j = ‖W_j‖²``, differentiated too, or ``"activation"`` for ``r_j = 1``. For a
+            convolution ``r`` is the sum of ``W²`` over the taps that fall inside the image; a batch norm between scales
+            it by ``(gamma / sigma)²``, sigma detached. Behind another norm, and for a ``Polynomial`` without a linear
+            map in front, ``r_j = 1`` in either; :attr:`layers` says which.
         reduction: mean or sum over batch, units and layers; by default mean, sum and sum.
         probes: belongs to the variant ``"accumulated"``; leave it at 1.
         schedule: a factor on the strength for each step, such as ``ck.schedules.linear(1.0, 0.0, 1000)``; None for 1.
+        layers: names of those to regularise, in which ``*`` and ``?`` are wildcards, or a predicate on
+            :class:`~chainzrule_kernels.dreg.discovery.Layer`; None for all. A layer answers to its own name, its linear
+            map's and its activation's. By name, activations with no linear map in front can be asked for, too.
+        weights: a factor on each layer's term, as a mapping from such names or a function of the layer; None for 1.
 
     Raises:
         TypeError, ValueError: for arguments out of range; for a model in which nothing can be regularised, or which is
@@ -152,6 +79,9 @@ class DREG:
         reduction: Reduction | None = None,
         probes: int | str = 1,
         schedule: Callable[[int], float] | None = None,
+        *,
+        layers: Choice = None,
+        weights: Weights = None,
     ) -> None:
         _check_arguments(model, strength, variant, reduction, probes, schedule)
         # A compiled model wraps the one whose forward runs.
@@ -163,16 +93,23 @@ class DREG:
         self._position = 0
         self._forward_pass = ForwardPass()
         self._forward_pass.regulariser = weakref.ref(self)
-        self._records: list[JacobianRecord] = []
-
-        found = find_layers(self.model, variant)
-        _check_found(self.model, found)
-        self.layers: Table[RegularisedLayer] = Table(site.row for site in found)
-        for site in found:
-            record = JacobianRecord(self._forward_pass, site.linear)
-            site.module.jacobian_record = record
-            self._records.append(record)
-        self._modules = [site.module for site in found]
+        _refuse_attached(self.model)
+        discovery = discover(self.model)
+        _check_found(self.model, discovery)
+        found = choose_layers(discovery, layers)
+        if not found:
+            raise ValueError(
+                f"layers: no activation in the {type(self.model).__name__} has a linear layer or convolution in front; "
+                "name those that shall be regularised for themselves, or '*' for all of them"
+                f"{_listing(discovery.skipped)}"
+            )
+        self._weights = weights_of(found, weights)
+        self.layers: Table[RegularisedLayer] = Table(
+            _row(layer, variant, weight) for layer, weight in zip(found, self._weights, strict=True)
+        )
+        self.skipped: Table[SkippedActivation] = Table(_not_regularised(discovery, found))
+        self._attachment = Attachment(found, self._forward_pass, with_norms=variant == "layer")
+        self._records = self._attachment.records
         self._handles = [
             self.model.register_forward_pre_hook(self._open_pass),
             self.model.register_forward_hook(self._complete_pass),
@@ -209,28 +146,36 @@ class DREG:
 
     # ---- the penalty ------------------------------------------------------------------------------------------------
 
-    def penalty(self) -> Tensor:
+    def penalty(self, mask: Tensor | None = None) -> Tensor:
         """The penalty of the latest forward pass, strength included: a 0-d tensor to add to the loss.
 
         In float32, float64 for float64 data. Calling it again gives the same value. Layers that did not run in that
-        pass contribute nothing.
+        pass contribute nothing, and neither does an empty batch.
+
+        Args:
+            mask: bool, True for each position that counts, of the shape of every layer's input without the last
+                dimension: ``(B, T)`` for a token model, whose padding then counts neither in the sum nor in the mean.
+                None counts every position.
 
         Raises:
+            TypeError, ValueError: when ``mask`` is not a bool tensor, or of another shape than a layer's norms.
             RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
                 attached; when the latest pass has not reached its end, because of an exception or because it is still
                 running; under ``torch.vmap``, where nothing is recorded.
         """
         if not torch.compiler.is_compiling() and is_under_vmap():
             raise RuntimeError(_UNDER_VMAP)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+            got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: expected a bool tensor, got {got}")
         self._check_pass()
         terms: list[Tensor] = []
-        for record in self._records:
+        for layer, weight, record in zip(self.layers, self._weights, self._records, strict=True):
             for jac_sq, units in record.calls:
-                # In a fixed order, so that the penalty does not depend on the number of threads.
-                term = sum_of_all(jac_sq)
-                if self.reduction.batch == "mean":
-                    term = term / jac_sq.numel()
-                terms.append(term / units if self.reduction.units == "mean" else term)
+                term = self._over_batch(layer.name, jac_sq, mask)
+                if weight != 1.0:
+                    term = term * weight
+                terms.append(term / max(units, 1) if self.reduction.units == "mean" else term)
         if not terms:
             raise self._nothing_recorded()
         total = terms[0]
@@ -239,6 +184,20 @@ class DREG:
         if self.reduction.layers == "mean":
             total = total / len(terms)
         return total * self._strength.to(total)
+
+    def _over_batch(self, name: str, jac_sq: Tensor, mask: Tensor | None) -> Tensor:
+        """The sum or mean over the samples. In a fixed order, so that it does not depend on the number of threads."""
+        if mask is None:
+            total = sum_of_all(jac_sq)
+            return total / max(jac_sq.numel(), 1) if self.reduction.batch == "mean" else total
+        if mask.shape != jac_sq.shape:
+            raise ValueError(
+                f"mask: expected the shape {tuple(jac_sq.shape)} of layer {name!r}'s norms, got {tuple(mask.shape)}"
+            )
+        mask = mask.to(jac_sq.device)
+        # Where, and not a product: what padding computes may be infinite.
+        total = sum_of_all(torch.where(mask, jac_sq, 0.0))
+        return total / mask.sum().clamp(min=1) if self.reduction.batch == "mean" else total
 
     # ---- the schedule -----------------------------------------------------------------------------------------------
 
@@ -274,9 +233,10 @@ class DREG:
         # A tensor, where a number would be a constant of the compiled graph and recompile it at each step; a new one
         # each time, since the graph of an earlier penalty may hold the old one. In float64, since the model may become
         # that later.
-        coeffs = self._modules[0].coeffs
+        parameter = next(self.model.parameters(), None)
         # Nothing can be copied from the meta device once the model has left it.
-        return torch.full((), self.strength, dtype=torch.float64, device="cpu" if coeffs.is_meta else coeffs.device)
+        device = "cpu" if parameter is None or parameter.is_meta else parameter.device
+        return torch.full((), self.strength, dtype=torch.float64, device=device)
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
@@ -294,13 +254,14 @@ class DREG:
             for layer, record in zip(self.layers, self._records, strict=True)
         }
 
-    def report(self, *inputs: Any) -> Table[LayerReport]:
+    def report(self, *inputs: Any, **keywords: Any) -> Table[LayerReport]:
         """Per layer, the mean, 99th percentile and tail ratio of the per-sample Jacobian norm ``‖J‖_F``.
 
         Args:
             *inputs: none, for the norms of the latest forward pass; or the model's arguments, for a pass of their own
                 in evaluation mode and without gradients, which also measures the nonlinearity and leaves the latest
                 pass as it was.
+            **keywords: the model's keyword arguments, likewise.
 
         Returns:
             One :class:`LayerReport` for each layer that ran; print the table to read it.
@@ -309,7 +270,7 @@ class DREG:
             RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
                 attached, or when the latest pass has not reached its end.
         """
-        if not inputs:
+        if not inputs and not keywords:
             return self._report()
         recorded = [record.calls for record in self._records]
         latest = self._forward_pass.has_begun, self._forward_pass.is_complete
@@ -319,7 +280,7 @@ class DREG:
             for module in training:
                 module.training = False
             with torch.no_grad():
-                self.model(*inputs)
+                self.model(*inputs, **keywords)
             return self._report()
         finally:
             self._forward_pass.measures_nonlinearity = False
@@ -353,10 +314,7 @@ class DREG:
         """Detach from the model, which is then as if it had never been regularised. Calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
-        for module, record in zip(self._modules, self._records, strict=True):
-            if module.__dict__.get("jacobian_record") is record:
-                del module.jacobian_record
-            record.calls = []
+        self._attachment.remove()
         self._forward_pass.clear()
 
     @staticmethod
@@ -375,15 +333,17 @@ class DREG:
         for module in model.modules():
             hooks = module._forward_pre_hooks.values()
             owners = [getattr(hook, "__self__", None) for hook in hooks]
-            record = module.__dict__.get("jacobian_record")
-            if record is not None:
-                regulariser = record.forward_pass.regulariser
+            record, interception = module.__dict__.get("jacobian_record"), attached_interception(module)
+            for attached in (record, interception):
+                regulariser = None if attached is None else attached.forward_pass.regulariser
                 owners.append(None if regulariser is None else regulariser())
             for owner in owners:
                 if isinstance(owner, DREG):
                     owner.remove()
             # The copy of a layer has a record, and no regulariser where that one was not copied with it.
             module.__dict__.pop("jacobian_record", None)
+            if interception is not None:
+                interception.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -393,9 +353,11 @@ class DREG:
 def _is_a_pass() -> bool:
     """Whether a call of the model is a forward pass to record.
 
-    Inside the backward pass it is a checkpoint that recomputes the whole model, and under vmap there is nothing to
-    keep.
+    Inside the backward pass it is a checkpoint that recomputes the whole model, under vmap there is nothing to keep,
+    and an export only traces.
     """
+    if torch.compiler.is_exporting():
+        return False
     return torch.compiler.is_compiling() or (torch._C._current_graph_task_id() == -1 and not is_under_vmap())
 
 
@@ -411,66 +373,6 @@ _INCOMPLETE = (
 _UNDER_VMAP = "DREG: penalty() was called under torch.vmap, where nothing is recorded. Call it outside"
 
 
-@dataclass(frozen=True)
-class _Site:
-    """A place to regularise: its row in the table, the module that has a record, the module whose ``weight`` counts."""
-
-    row: RegularisedLayer
-    module: Polynomial | PolynomialLinear
-    linear: nn.Module | None
-
-
-def find_layers(model: nn.Module, variant: str) -> list[_Site]:
-    """The places in ``model`` that the variant regularises."""
-    found = []
-    in_front = _linear_in_front(model)
-    for name, module in model.named_modules():
-        linear: nn.Linear | PolynomialLinear | None
-        units: int | None
-        if isinstance(module, PolynomialLinear):
-            linear, units, note = module, module.out_features, "its own weight"
-        elif isinstance(module, Polynomial):
-            linear, note = in_front.get(module, (None, "in no torch.nn.Sequential, so without a known linear layer"))
-            units = module.num_channels if linear is None else linear.out_features
-        else:
-            continue
-        if variant == "activation":
-            linear, note = None, "as the variant says"
-        penalises = "activation" if linear is None else "layer"
-        found.append(_Site(RegularisedLayer(name, type(module).__name__, units, penalises, note), module, linear))
-    return found
-
-
-def _linear_in_front(model: nn.Module) -> dict[nn.Module, tuple[nn.Linear | None, str]]:
-    """For each ``Polynomial`` in a ``Sequential``: the ``Linear`` in front of it, and a note on what is there."""
-    result: dict[nn.Module, tuple[nn.Linear | None, str]] = {}
-    for container_name, container in model.named_modules():
-        if not isinstance(container, nn.Sequential):
-            continue
-        before: tuple[str, nn.Module] | None = None
-        for child_name, child in container._modules.items():
-            if isinstance(child, Polynomial):
-                linear, note = _as_linear(before, container_name)
-                if child in result and result[child][0] is not linear:
-                    linear, note = None, "it stands behind several layers"
-                result[child] = (linear, note)
-            if child is not None and not isinstance(child, _TRANSPARENT):
-                before = (child_name, child)
-    return result
-
-
-def _as_linear(before: tuple[str, nn.Module] | None, container_name: str) -> tuple[nn.Linear | None, str]:
-    if before is None:
-        return None, "nothing in front of it in its torch.nn.Sequential"
-    name = f"{container_name}.{before[0]}" if container_name else before[0]
-    if isinstance(before[1], nn.Linear):
-        # A subclass may compute something else than x Wᵀ + b from its weight, and so may a forward put on the module.
-        if type(before[1]).forward is nn.Linear.forward and "forward" not in before[1].__dict__:
-            return before[1], f"the weight of {name}"
-        return None, f"{name} in front of it, a {type(before[1]).__name__}, has a forward of its own"
-    return None, f"{name} in front of it, a {type(before[1]).__name__}, is not a torch.nn.Linear"
-
-
 def _check_arguments(model: Any, strength: Any, variant: Any, reduction: Any, probes: Any, schedule: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -479,8 +381,8 @@ def _check_arguments(model: Any, strength: Any, variant: Any, reduction: Any, pr
     if not (math.isfinite(strength) and strength >= 0):
         raise ValueError(f"strength: expected a finite number of at least 0, got {strength}")
     if variant not in VARIANTS:
-        reason = "the accumulated Jacobian is not offered yet; " if variant == "accumulated" else ""
-        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}: {reason}{SUPPORTED}")
+        reason = "; the accumulated Jacobian is not offered yet" if variant == "accumulated" else ""
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}{reason}")
     if reduction is not None and not isinstance(reduction, Reduction):
         raise TypeError(f"reduction: expected a chainzrule_kernels.Reduction, got {type(reduction).__name__}")
     if probes != 1:
@@ -489,19 +391,41 @@ def _check_arguments(model: Any, strength: Any, variant: Any, reduction: Any, pr
         raise TypeError(f"schedule: expected a function of the step, got {type(schedule).__name__}")
 
 
-def _check_found(model: nn.Module, found: list[_Site]) -> None:
-    if not found:
-        raise ValueError(f"model: found no layer to regularise in a {type(model).__name__}; {SUPPORTED}")
-    for site in found:
-        if site.module.jacobian_record is not None:
-            raise ValueError(
-                f"model: its layer {site.row.name!r} has a DREG attached already, which a copy of a model brings with "
-                "it; call remove() on that one first, or chainzrule_kernels.DREG.detach(model)"
-            )
-    others = [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if isinstance(module, _PLAIN_ACTIVATIONS)
+def _row(layer: Layer, variant: str, weight: float) -> RegularisedLayer:
+    module = layer.function if layer.activation is None else type(layer.activation).__name__
+    if variant == "activation":
+        return RegularisedLayer(layer.name, module, layer.units, "activation", weight, "as the variant says")
+    penalises = "layer" if layer.folds else "activation"
+    return RegularisedLayer(layer.name, module, layer.units, penalises, weight, layer.note)
+
+
+def _not_regularised(discovery: Discovery, found: list[Layer]) -> list[SkippedActivation]:
+    names = {layer.name for layer in found}
+    left_out = [
+        SkippedActivation(layer.name, layer.function, "left out by layers=")
+        for layer in discovery.layers
+        if layer.name not in names
     ]
-    if others:
-        warnings.warn(f"DREG does not regularise {', '.join(others)}: {SUPPORTED}", stacklevel=3)
+    return [*left_out, *(row for row in discovery.skipped if row.name not in names)]
+
+
+def _check_found(model: nn.Module, discovery: Discovery) -> None:
+    if not discovery.layers and not discovery.possible:
+        raise ValueError(
+            f"model: found no layer to regularise in a {type(model).__name__}, that is no linear layer or convolution "
+            f"with an activation behind it{_listing(discovery.skipped)}"
+        )
+
+
+def _listing(skipped: Iterable[SkippedActivation]) -> str:
+    lines = "".join(f"\n  {row.name} ({row.module}): {row.reason}" for row in skipped)
+    return f". Not regularised are:{lines}" if lines else ""
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module.__dict__.get("jacobian_record") is not None or attached_interception(module) is not None:
+            raise ValueError(
+                f"model: its layer {name!r} has a DREG attached already, which a copy of a model brings with it; call "
+                "remove() on that one first, or chainzrule_kernels.DREG.detach(model)"
+            )

@@ -1,0 +1,104 @@
+"""Putting records and interceptions on the modules of a model, and taking them off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from chainzrule_kernels.dreg.discovery import Between, Layer
+from chainzrule_kernels.dreg.interception import (
+    Handing,
+    Interception,
+    MarkingLinear,
+    RecordingActivation,
+    WatchingFunctions,
+)
+from chainzrule_kernels.nn.jacobian_record import ActivationRecords, ForwardPass, JacobianRecord
+
+
+class Attachment:
+    """What a regulariser has put on the modules of a model.
+
+    Args:
+        layers: the layers to record.
+        forward_pass: the regulariser's.
+        with_norms: whether row norms count; otherwise every layer is recorded for its activation alone.
+
+    Attributes:
+        records: one for each layer, in the order of ``layers``.
+    """
+
+    def __init__(self, layers: Iterable[Layer], forward_pass: ForwardPass, with_norms: bool) -> None:
+        self.records: list[JacobianRecord] = []
+        self._forward_pass = forward_pass
+        self._with_norms = with_norms
+        self._interceptions: list[Interception] = []
+        self._has_record: list[nn.Module] = []
+        # The records of each activation, and of each function of each module whose forward calls functions.
+        self._of_activation: dict[nn.Module, ActivationRecords] = {}
+        self._of_functions: dict[nn.Module, dict[str, ActivationRecords]] = {}
+        marked: dict[nn.Module, tuple[str, bool]] = {}
+        between: dict[nn.Module, Between] = {}
+        for layer in layers:
+            self.records.append(self._record(layer))
+            if layer.linear is None or layer.linear_name is None or layer.has_own_weight:
+                continue
+            _, folds = marked.get(layer.linear, ("", False))
+            marked[layer.linear] = (layer.linear_name, folds or layer.folds)
+            between.update({item.module: item for item in layer.between})
+        for module, (name, folds) in marked.items():
+            self._interceptions.append(MarkingLinear(module, forward_pass, name, folds and with_norms))
+        for module, item in between.items():
+            if item.is_function or item.role == "batch norm":
+                self._of_functions.setdefault(module, {})
+            else:
+                self._interceptions.append(Handing(module, forward_pass, keeps_norms=not item.is_norm))
+        for module, records in self._of_functions.items():
+            self._interceptions.append(WatchingFunctions(module, forward_pass, records))
+
+    def _record(self, layer: Layer) -> JacobianRecord:
+        if layer.has_own_weight:
+            record = JacobianRecord(self._forward_pass, layer.linear if self._with_norms else None)
+            self._put(layer.owner, record)
+            return record
+        record = JacobianRecord(self._forward_pass, None)
+        self._records_of(layer).by_linear[layer.linear_name] = record
+        return record
+
+    def _records_of(self, layer: Layer) -> ActivationRecords:
+        """The records of the layer's activation, with the module made to use them when they are new."""
+        if layer.activation is None:
+            of_owner = self._of_functions.setdefault(layer.owner, {})
+            return of_owner.setdefault(layer.function, ActivationRecords(self._forward_pass))
+        records = self._of_activation.get(layer.activation)
+        if records is None:
+            records = self._of_activation[layer.activation] = ActivationRecords(self._forward_pass)
+            if layer.kind is None:
+                self._put(layer.activation, records)
+            else:
+                self._interceptions.append(
+                    RecordingActivation(layer.activation, self._forward_pass, layer.kind, records)
+                )
+        return records
+
+    def _put(self, module: nn.Module, record: JacobianRecord | ActivationRecords) -> None:
+        module.jacobian_record = record  # type: ignore[assignment]
+        self._has_record.append(module)
+
+    def remove(self) -> None:
+        """Take everything off. Calling it again does nothing."""
+        for interception in self._interceptions:
+            interception.remove()
+        for module in self._has_record:
+            record = module.__dict__.get("jacobian_record")
+            if record is not None and record.forward_pass is self._forward_pass:
+                del module.jacobian_record
+        for record in self.records:
+            record.calls = []
+
+
+def attached_interception(module: nn.Module) -> Interception | None:
+    """What stands in the place of the module's forward, if anything does."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, Interception) else None

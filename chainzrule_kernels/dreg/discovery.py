@@ -1,0 +1,500 @@
+r"""Finding the layers of a model: every linear map with an activation behind it.
+
+Nothing is run. Each module's own forward is traced by :mod:`torch.fx` with its children as leaves, and the trace is
+followed with a note on each value: whose output it is, and what it went through since. Where a linear map's output
+reaches an activation, that is a layer. So it does not matter whether the two stand in a :class:`torch.nn.Sequential`,
+in a forward written by hand, or in different modules, and whether the activation is a module, a function, or a
+function kept in an attribute.
+
+A module whose forward cannot be traced is opaque: its children are followed on their own, and its own calls are
+unknown. :attr:`Discovery.skipped` names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+import textwrap
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from chainzrule_kernels.diagnostics import Table
+from chainzrule_kernels.dreg.recognition import (
+    CONVOLUTIONS,
+    OTHER_NORM_FUNCTIONS,
+    TRANSPARENT_FUNCTIONS,
+    ActivationCall,
+    activation_of,
+    describe_call,
+    is_batch_norm,
+    is_closed,
+    is_linear_map,
+    is_other_norm,
+    is_transparent,
+    unchanged,
+    why_no_linear_map,
+)
+
+__all__ = ["Between", "Discovery", "Layer", "SkippedActivation", "discover"]
+
+
+@dataclass(frozen=True)
+class Between:
+    """Something that stands between a linear map and its activation.
+
+    Attributes:
+        name: of the module; of the module in whose forward it is called, for a function.
+        module: the module.
+        role: ``"transparent"`` (dropout, identity, a cast), ``"batch norm"`` or ``"other norm"``.
+        is_function: whether it is a function that the module's forward calls.
+    """
+
+    name: str
+    module: nn.Module
+    role: Literal["transparent", "batch norm", "other norm"]
+    is_function: bool = False
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a norm."""
+        return self.role != "transparent"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear map with an activation behind it.
+
+    Attributes:
+        name: unique in the model. The name of the activation's module when it has one that serves this layer only;
+            otherwise it says behind which linear map the activation stands.
+        linear: the module with the ``weight``; None when what stands in front of the activation is no linear map.
+        linear_name: as in ``model.named_modules()``.
+        between: what stands between the two, in order.
+        activation: the activation's module; None for a function. ``linear`` itself for a module that is both.
+        owner: the module whose forward calls the function; the activation's module when there is one.
+        owner_name: as in ``model.named_modules()``.
+        function: the name of the function, or of the class of the activation's module.
+        kind: one of :data:`~chainzrule_kernels.ACTIVATION_KINDS`; None for a learnable polynomial.
+        folds: whether ``‖W_j‖²`` of the linear map, scaled by a batch norm between, gives the norm of the layer's
+            Jacobian. Otherwise only ``Σ_j f'(z_j)²`` is known, and ``note`` says why.
+        note: where the weight stands, or why it is not taken into account.
+    """
+
+    name: str
+    linear: nn.Module | None
+    linear_name: str | None
+    between: tuple[Between, ...]
+    activation: nn.Module | None
+    owner: nn.Module
+    owner_name: str
+    function: str
+    kind: str | None
+    folds: bool
+    note: str
+
+    @property
+    def batch_norm(self) -> nn.Module | None:
+        """The module of the batch norm between, if there is one."""
+        return next((item.module for item in self.between if item.role == "batch norm"), None)
+
+    @property
+    def has_own_weight(self) -> bool:
+        """Whether one module is linear map and activation, as :class:`chainzrule_kernels.nn.PolynomialLinear`."""
+        return self.linear is not None and self.linear is self.activation
+
+    @property
+    def units(self) -> int | None:
+        """The number of rows of the linear map, or of the polynomial's channels; None when neither is known."""
+        if self.linear is None or not self.folds:
+            return getattr(self.activation, "num_channels", None)
+        for name in ("out_features", "out_channels", "nf"):
+            if hasattr(self.linear, name):
+                return int(getattr(self.linear, name))
+        return None
+
+
+@dataclass(frozen=True)
+class SkippedActivation:
+    """An activation that is not regularised, or a module that could not be looked into.
+
+    Attributes:
+        name: of the activation, as :attr:`Layer.name`; or of the module.
+        module: the class of the module, or the name of the function.
+        reason: why it is not regularised.
+    """
+
+    name: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What was found in a model.
+
+    Attributes:
+        layers: in the order in which the model runs them, as far as it could be followed.
+        possible: further activations, with no linear map in front, that can be regularised for themselves
+            (``Σ_j f'(z_j)²``) when they are asked for by name.
+        skipped: every activation that is not in ``layers``, with the reason, and every opaque module.
+    """
+
+    layers: Table[Layer]
+    possible: Table[Layer]
+    skipped: Table[SkippedActivation]
+
+
+def discover(model: nn.Module) -> Discovery:
+    """Find the layers of ``model`` without running it.
+
+    Raises:
+        TypeError: when ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    analysis = _Analysis(model)
+    analysis.follow_everything()
+    return analysis.result()
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Value:
+    """What is known of a tensor in the model's forward. Two that are the same object share their memory.
+
+    Attributes:
+        front: what stands in front of whoever takes this value, for the note.
+        linear: the name of the linear map whose output this is, or None.
+        between: what it went through since.
+        lost: why the rows of the linear map do not give the Jacobian's norm; empty when they do.
+        overwritten_by: the sites that overwrite it.
+    """
+
+    front: str
+    linear: str | None = None
+    between: tuple[Between, ...] = ()
+    lost: str = ""
+    overwritten_by: list[_Site] = field(default_factory=list)
+
+    def through(self, item: Between, lost: str = "") -> _Value:
+        # What a transparent module returns may be what it was given.
+        overwritten_by = self.overwritten_by if not item.is_norm else []
+        return _Value(self.front, self.linear, (*self.between, item), self.lost or lost, overwritten_by)
+
+
+@dataclass
+class _Site:
+    """One call of an activation, as it was followed."""
+
+    owner_name: str
+    owner: nn.Module
+    activation: nn.Module | None
+    call: ActivationCall
+    value: _Value
+    is_polynomial: bool = False
+    conflict: str = ""
+
+
+class _LocalTracer(fx.Tracer):
+    """Traces one module's own forward; its children are leaves.
+
+    A condition on a value is taken to be ``guess``: the trace then shows one of the ways through the forward. That is
+    enough to find layers, since the pairing is checked again whenever the model runs.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, guess: bool | None) -> None:
+        super().__init__()
+        self.guess = guess
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def to_bool(self, obj: Any) -> bool:
+        return super().to_bool(obj) if self.guess is None else self.guess
+
+
+def _trace(module: nn.Module) -> fx.Graph | str:
+    """The graph of the module's own forward, or why there is none."""
+    if "forward" in module.__dict__:
+        return "a forward was put on the instance"
+    try:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+    except (TypeError, ValueError):
+        return "its forward has no signature"
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is None or isinstance(parameter.default, bool | int | float | str)
+    }
+    reason = ""
+    for guess in (None, False, True):
+        try:
+            with unchanged(module), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _LocalTracer(guess).trace(module, concrete_args=dict(defaults))
+        except Exception as error:  # a forward may do anything with what is not a tensor
+            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return reason
+
+
+_IN_PLACE_OPERATORS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow})
+
+
+# ---- following ------------------------------------------------------------------------------------------------------
+
+
+class _Analysis:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.names = {module: name for name, module in self.modules.items()}
+        self.graphs: dict[nn.Module, fx.Graph | str] = {}
+        self.sites: list[_Site] = []
+        self.reached: set[nn.Module] = set()
+        self.running: set[nn.Module] = set()
+        self.opaque: dict[str, str] = {}
+
+    def follow_everything(self) -> None:
+        self.call(self.model, [_Value("nothing in front of it")])
+        for name, module in self.modules.items():
+            # Those of a module that could not be traced, or that no trace reached.
+            if module not in self.reached:
+                self.call(module, [_Value(self._why_unknown(name))])
+
+    def _why_unknown(self, name: str) -> str:
+        parent = name.rpartition(".")[0]
+        while parent and parent not in self.opaque and isinstance(self.modules[parent], nn.ModuleList | nn.ModuleDict):
+            parent = parent.rpartition(".")[0]
+        shown = f"{parent or 'the model'}, a {type(self.modules[parent]).__name__},"
+        if parent in self.opaque:
+            return f"what stands in front of it is unknown: the forward of {shown} cannot be traced"
+        if isinstance(self.modules[parent], nn.ModuleList | nn.ModuleDict):
+            return f"what stands in front of it is unknown: {shown} has no forward"
+        return f"what stands in front of it is unknown: the forward of {shown} does not call it"
+
+    def call(self, module: nn.Module, arguments: list[_Value]) -> _Value:
+        """The value that the module returns; notes the activations on the way."""
+        name = self.names[module]
+        self.reached.add(module)
+        value = arguments[0] if arguments else _Value("nothing in front of it")
+        if hasattr(type(module), "jacobian_record"):
+            return self._polynomial(name, module, value)
+        if is_linear_map(module):
+            self._close(module)
+            return _Value(name, linear=name)
+        if is_transparent(module):
+            return value.through(Between(name, module, "transparent"))
+        if is_batch_norm(module):
+            return self._batch_norm(value, Between(name, module, "batch norm"))
+        if is_other_norm(module):
+            self._close(module)
+            return self._other_norm(value, Between(name, module, "other norm"), type(module).__name__)
+        call = activation_of(module)
+        if call is not None:
+            self._close(module)
+            return self._activation(_Site(name, module, module, call, value))
+        other = _Value(f"{name or 'the model'} in front of it, {why_no_linear_map(module)}")
+        if is_closed(module):
+            self._close(module)
+            return other
+        if module in self.running:  # a module that calls itself
+            return other
+        graph = self._graph(module)
+        if isinstance(graph, str):
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                self.opaque[name] = graph
+            return other
+        self.running.add(module)
+        try:
+            result = self._follow(name, module, graph, arguments) or other
+            # What a subclass makes of the product with its weight is no longer that.
+            return other if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else result
+        finally:
+            self.running.discard(module)
+
+    def _close(self, module: nn.Module) -> None:
+        """What is inside a known module is no business of its own."""
+        self.reached.update(module.modules())
+
+    def _graph(self, module: nn.Module) -> fx.Graph | str:
+        if module not in self.graphs:
+            self.graphs[module] = _trace(module)
+        return self.graphs[module]
+
+    def _follow(self, name: str, module: nn.Module, graph: fx.Graph, arguments: list[_Value]) -> _Value | None:
+        values: dict[fx.Node, _Value] = {}
+        given = iter(arguments)
+        result: _Value | None = None
+        for node in graph.nodes:
+            for used in node.all_input_nodes:
+                for site in values[used].overwritten_by:
+                    site.conflict = "it works in place, and what it overwrites is used again"
+            if node.op == "placeholder":
+                values[node] = next(given, None) or _Value("nothing in front of it")
+            elif node.op == "get_attr":
+                values[node] = _Value("a parameter in front of it")
+            elif node.op == "call_module":
+                child = module.get_submodule(node.target)
+                # By position, as the forward of the child would take them.
+                passed = [*node.args, *node.kwargs.values()]
+                values[node] = self.call(child, [_value_of(argument, values) for argument in passed])
+            elif node.op == "output":
+                result = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+            else:
+                values[node] = self._function(name, module, node, values)
+        return result
+
+    def _function(self, name: str, module: nn.Module, node: fx.Node, values: dict[fx.Node, _Value]) -> _Value:
+        function = getattr(Tensor, str(node.target), node.target) if node.op == "call_method" else node.target
+        label = getattr(function, "__name__", str(node.target))
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        value = values.get(first) if isinstance(first, fx.Node) else None
+        other = _Value(f"the result of {label} in front of it")
+        if value is None:
+            return other
+        call = describe_call(function, node.args, node.kwargs)
+        if call is not None:
+            return self._activation(_Site(name, module, None, call, value))
+        if function in TRANSPARENT_FUNCTIONS:
+            return value.through(Between(name, module, "transparent", is_function=True))
+        if function is torch.nn.functional.batch_norm:
+            return self._batch_norm(value, Between(name, module, "batch norm", is_function=True))
+        if function in OTHER_NORM_FUNCTIONS:
+            return self._other_norm(value, Between(name, module, "other norm", is_function=True), label)
+        if _works_in_place(node, function) and isinstance(first, fx.Node):
+            values[first] = other
+        return other
+
+    def _batch_norm(self, value: _Value, item: Between) -> _Value:
+        if value.linear is None:
+            return _Value(f"{_shown(item)} in front of it, with no linear layer or convolution in front of that")
+        folded = any(between.role == "batch norm" for between in value.between)
+        return value.through(item, "two batch norms stand between" if folded else "")
+
+    def _other_norm(self, value: _Value, item: Between, norm: str) -> _Value:
+        if value.linear is None:
+            return _Value(f"{item.name} in front of it, a {norm}, has no linear layer or convolution in front of it")
+        return value.through(
+            item, f"{item.name} in front of it, a {norm}, does not fold into the weight of {value.linear}"
+        )
+
+    def _activation(self, site: _Site) -> _Value:
+        self.sites.append(site)
+        if site.call.in_place:
+            site.value.overwritten_by.append(site)
+        return _Value(f"{self._label(site)} in front of it is an activation")
+
+    def _polynomial(self, name: str, module: nn.Module, value: _Value) -> _Value:
+        self._close(module)
+        if hasattr(module, "weight"):
+            value = _Value("", linear=name)
+        site = _Site(name, module, module, ActivationCall(type(module).__name__, None), value, is_polynomial=True)
+        self.sites.append(site)
+        return _Value(f"{self._label(site)} in front of it is an activation")
+
+    def _label(self, site: _Site) -> str:
+        if site.activation is not None:
+            return site.owner_name or "the model"
+        return f"{site.call.name} in {site.owner_name or 'the model'}"
+
+    # ---- the result -------------------------------------------------------------------------------------------------
+
+    def result(self) -> Discovery:
+        layers: dict[Any, Layer] = {}
+        possible: dict[Any, Layer] = {}
+        skipped: dict[Any, SkippedActivation] = {}
+        # An activation that serves several linear maps cannot give its name to all of them.
+        served: dict[nn.Module, set[str | None]] = {}
+        for site in self.sites:
+            if site.activation is not None:
+                served.setdefault(site.activation, set()).add(site.value.linear)
+        for site in self.sites:
+            shared = site.activation is None or len(served[site.activation]) > 1
+            name = self._label(site)
+            if shared and site.value.linear is not None:
+                label = site.owner_name if site.activation is not None else site.call.name
+                name = f"{label} behind {site.value.linear}"
+            key = (site.owner, site.call.name, site.value.linear)
+            layer = self._layer(name, site)
+            reason = site.conflict or site.call.reason
+            if not reason and (site.value.linear is not None or site.is_polynomial):
+                layers[key] = _combined(layers[key], layer) if key in layers else layer
+                continue
+            skipped.setdefault(
+                (*key, reason or site.value.front), SkippedActivation(name, site.call.name, reason or site.value.front)
+            )
+            if not reason:
+                possible.setdefault(key, layer)
+        for name, reason in self.opaque.items():
+            module = type(self.modules[name]).__name__
+            skipped[name] = SkippedActivation(
+                name or "the model",
+                module,
+                f"the functions that its forward calls are unknown, since it cannot be traced: {_shortened(reason)}",
+            )
+        taken = {(layer.owner, layer.function) for layer in layers.values() if layer.linear is None}
+        return Discovery(
+            Table(layers.values()),
+            Table(layer for layer in possible.values() if (layer.owner, layer.function) not in taken),
+            Table(skipped.values()),
+        )
+
+    def _layer(self, name: str, site: _Site) -> Layer:
+        value = site.value
+        own = site.is_polynomial and value.linear == site.owner_name
+        note = "its own weight" if own else f"the weight of {value.linear}"
+        if value.linear is None:
+            note = value.front
+        elif value.lost:
+            note = value.lost
+        elif any(item.role == "batch norm" for item in value.between):
+            norm = next(item.name for item in value.between if item.role == "batch norm")
+            note = f"the weight of {value.linear}, scaled by {norm}"
+        return Layer(
+            name=name,
+            linear=None if value.linear is None else self.modules[value.linear],
+            linear_name=value.linear,
+            between=value.between,
+            activation=site.activation,
+            owner=site.owner,
+            owner_name=site.owner_name,
+            function=site.call.name,
+            kind=site.call.kind,
+            folds=value.linear is not None and not value.lost,
+            note=note,
+        )
+
+
+def _combined(one: Layer, other: Layer) -> Layer:
+    """Two ways from the same linear map to the same activation; the weight folds if it does on both."""
+    chosen = other if one.folds else one
+    return dataclasses.replace(chosen, between=tuple(dict.fromkeys((*one.between, *other.between))))
+
+
+def _value_of(argument: Any, values: dict[fx.Node, _Value]) -> _Value:
+    if isinstance(argument, fx.Node):
+        return values[argument]
+    return _Value("nothing in front of it")
+
+
+def _works_in_place(node: fx.Node, function: Any) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return function in _IN_PLACE_OPERATORS
+
+
+def _shortened(reason: str) -> str:
+    return textwrap.shorten(reason, 100, placeholder=" …")
+
+
+def _shown(item: Between) -> str:
+    return f"{item.name or 'the model'}, a {type(item.module).__name__},"

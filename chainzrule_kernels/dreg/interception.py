@@ -1,0 +1,285 @@
+"""What stands in the place of a module's forward while a regulariser is attached.
+
+Each is put on the instance (``module.forward``), where :meth:`torch.nn.Module.__call__` finds it: the module keeps its
+class, its parameters and its hooks. A linear map marks its output with a
+:class:`~chainzrule_kernels.nn.jacobian_record.Source`, what stands between hands the mark on, and an activation looks
+it up. A function that a forward calls is met by a :class:`torch.overrides.TorchFunctionMode`, which is in force while
+that forward runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from chainzrule_kernels.dreg.recognition import (
+    ACTIVATION_FUNCTIONS,
+    CONVOLUTIONS,
+    OTHER_NORM_FUNCTIONS,
+    TRANSPARENT_FUNCTIONS,
+    is_transformers_conv1d,
+    kind_of_call,
+)
+from chainzrule_kernels.functions import compute_dtype
+from chainzrule_kernels.nn.jacobian_record import (
+    ActivationRecords,
+    FixedActivation,
+    ForwardPass,
+    Source,
+    set_source,
+    source_of,
+)
+
+
+class Interception:
+    """Stands in the place of a module's forward, and gives it back.
+
+    Attributes:
+        module: whose forward it is.
+        forward_pass: the regulariser's.
+    """
+
+    def __init__(self, module: nn.Module, forward_pass: ForwardPass) -> None:
+        self.module = module
+        self.forward_pass = forward_pass
+        self._is_attached = True
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        # What an export would record are the fake tensors of its trace.
+        if not self._is_attached or torch.compiler.is_exporting():
+            return self.original(*args, **kwargs)
+        return self.forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward: trainers read which arguments a model takes."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the module's own forward, for which torch.export asks."""
+        return inspect.unwrap(type(self.module).forward).__code__
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module's class."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward while the regulariser is attached."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Give the forward back. Whoever has wrapped it since still gets the module's own."""
+        self._is_attached = False
+        if self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+
+
+class MarkingLinear(Interception):
+    """A linear map that marks its output.
+
+    Args:
+        module: a :class:`torch.nn.Linear`, a convolution, or a ``Conv1D`` of transformers.
+        forward_pass: the regulariser's.
+        name: of the module in the model.
+        with_norms: whether the mark has the squared row norms.
+    """
+
+    def __init__(self, module: nn.Module, forward_pass: ForwardPass, name: str, with_norms: bool) -> None:
+        super().__init__(module, forward_pass)
+        self.name = name
+        self.with_norms = with_norms
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, marked."""
+        # A parametrised weight is computed at each access, and spectral norm moves on each time.
+        computed = parametrize.is_parametrized(self.module, "weight")
+        with parametrize.cached() if computed and self.with_norms else contextlib.nullcontext():
+            y = self.original(*args, **kwargs)
+            row_sq = self._row_sq(_first(args, kwargs), y) if self.with_norms else None
+        spatial = self.module.weight.dim() - 2 if isinstance(self.module, CONVOLUTIONS) else None
+        set_source(y, self.name, row_sq, spatial)
+        return y
+
+    def _row_sq(self, x: Tensor, y: Tensor) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        weight = weight.to(compute_dtype(y))
+        if isinstance(self.module, CONVOLUTIONS):
+            return squared_tap_norms(self.module, weight, x)
+        return weight.square().sum(0 if is_transformers_conv1d(self.module) else 1)
+
+
+def squared_tap_norms(convolution: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """For each output channel and position, the sum of ``W²`` over the taps that fall inside the image.
+
+    Args:
+        convolution: a :class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` that pads with zeros.
+        weight: its weight, in the dtype to compute in.
+        x: its input, of which only the size matters.
+
+    Returns:
+        ``(C, *spatial)``, or ``(C,)`` without padding, where every tap falls inside.
+    """
+    assert isinstance(convolution, CONVOLUTIONS)
+    squares = weight.square().sum(1, keepdim=True)
+    padding = convolution.padding
+    if padding == "valid" or (padding != "same" and not any(padding)):
+        return squares.flatten(1).sum(1)
+    spatial = weight.dim() - 2
+    function = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    inside = squares.new_ones(1, 1, *x.shape[x.dim() - spatial :])
+    with torch.autocast(x.device.type, enabled=False):
+        sums: Tensor = function(inside, squares, None, convolution.stride, padding, convolution.dilation)
+    return sums[0]
+
+
+class Handing(Interception):
+    """What stands between a linear map and its activation: hands the mark on, without the norms behind a norm."""
+
+    def __init__(self, module: nn.Module, forward_pass: ForwardPass, keeps_norms: bool) -> None:
+        super().__init__(module, forward_pass)
+        self.keeps_norms = keeps_norms
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, marked as its input was."""
+        y = self.original(*args, **kwargs)
+        hand_on(_first(args, kwargs), y, self.keeps_norms)
+        return y
+
+
+class RecordingActivation(Interception):
+    """The module of an activation, which computes the norm beside its output."""
+
+    def __init__(self, module: nn.Module, forward_pass: ForwardPass, kind: str, records: ActivationRecords) -> None:
+        super().__init__(module, forward_pass)
+        self.function = FixedActivation(kind)
+        self.records = records
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The activation, recorded where the input belongs to a layer."""
+        y = apply_recorded(self.records, self.function, _first(args, kwargs))
+        return self.original(*args, **kwargs) if y is None else y
+
+
+class WatchingFunctions(Interception):
+    """A module whose forward calls functions that matter.
+
+    Args:
+        module: whose forward it is.
+        forward_pass: the regulariser's.
+        records: for each activation function that belongs to a layer, by the function's name.
+    """
+
+    def __init__(self, module: nn.Module, forward_pass: ForwardPass, records: dict[str, ActivationRecords]) -> None:
+        super().__init__(module, forward_pass)
+        self.records = records
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, its calls of functions watched."""
+        with _FunctionMode(self.records):
+            return self.original(*args, **kwargs)
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __init__(self, records: dict[str, ActivationRecords]) -> None:
+        super().__init__()
+        self.records = records
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ACTIVATION_FUNCTIONS:
+            records = self.records.get(ACTIVATION_FUNCTIONS[func])
+            kind = None if records is None else kind_of_call(func, args, kwargs)
+            if records is not None and kind is not None:
+                y = apply_recorded(records, FixedActivation(kind), _first(args, kwargs))
+                if y is not None:
+                    return y
+        elif func is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        elif func in TRANSPARENT_FUNCTIONS or func in OTHER_NORM_FUNCTIONS:
+            y = func(*args, **kwargs)
+            hand_on(_first(args, kwargs), y, func in TRANSPARENT_FUNCTIONS)
+            return y
+        return func(*args, **kwargs)
+
+
+def apply_recorded(records: ActivationRecords, function: FixedActivation, z: Any) -> Tensor | None:
+    """``f(z)``, recorded where ``z`` belongs to a layer, in the dtype that autocast would give; otherwise None."""
+    if not isinstance(z, Tensor):
+        return None
+    if function.kind == "softplus" and z.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        source = source_of(z)
+        z = z.float()
+        if source is not None:
+            set_source(z, source.linear, source.row_sq, source.spatial)
+    return records.apply(function, z)
+
+
+def hand_on(x: Any, y: Any, keeps_norms: bool) -> None:
+    """Mark ``y`` as ``x`` is marked."""
+    source = source_of(x)
+    if source is not None and isinstance(y, Tensor):
+        set_source(y, source.linear, source.row_sq if keeps_norms else None, source.spatial)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`torch.nn.functional.batch_norm`, which folds into the norms of the mark that its input carries.
+
+    Row ``j`` is scaled by ``gamma_j / sigma_j``, sigma detached.
+    """
+    source = source_of(input)
+    if source is None or source.row_sq is None or input.numel() <= input.shape[1]:
+        # One value for each channel is an error, and PyTorch's own function says so.
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        hand_on(input, y, keeps_norms=True)
+        return y
+    _check_channels(input, source)
+    # The same call that F.batch_norm makes. It returns 1/sigma of the batch, too.
+    y, _, inverse_sigma, _, _ = torch._batch_norm_impl_index(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
+    )
+    if torch.compiler.is_compiling():
+        # Dynamo lets no attribute be set on one of several results.
+        y = y.view_as(y)
+    if not training:
+        assert running_var is not None
+        inverse_sigma = (running_var.to(source.row_sq.dtype) + eps).rsqrt()
+    scale = inverse_sigma.detach().to(source.row_sq.dtype)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    scale = scale.view(-1, *(1,) * (source.row_sq.dim() - 1))
+    set_source(y, source.linear, source.row_sq * scale.square(), source.spatial)
+    return y
+
+
+def _check_channels(input: Tensor, source: Source) -> None:
+    if source.spatial is None and input.dim() != 2:
+        raise ValueError(
+            f"DREG: a batch norm behind {source.linear} takes dimension 1 of {tuple(input.shape)} for the channels, "
+            "and the linear layer's are the last: this layer's Jacobian norm cannot be had from row norms. Leave it "
+            "out with layers=, or take variant='activation'"
+        )
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
