@@ -82,7 +82,7 @@ def _forward(
     return y_and_derivative
 
 
-def _backward(
+def backward(
     z: Tensor,
     row_sq: Tensor | None,
     coeffs: Tensor | None,
@@ -159,6 +159,7 @@ def _backward(
 def dreg(
     z: Tensor, row_sq: Tensor | None, coeffs: Tensor | None, kind: str, return_derivative: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, jac_sq, derivative)``, the last one empty unless it is asked for."""
     norm = z.new_empty(z.shape[:-1], dtype=compute_dtype(z))
     y, derivative = _forward(z, row_sq, coeffs, kind, norm, return_derivative)
     return y, norm, derivative
@@ -189,7 +190,7 @@ def polynomial_dreg_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_dreg_backward``."""
     grads = (grad_y, grad_jac_sq, grad_derivative)
-    return _backward(z, row_sq, coeffs, "polynomial", grads, (needs_z, needs_row_sq, needs_coeffs))
+    return backward(z, row_sq, coeffs, "polynomial", grads, (needs_z, needs_row_sq, needs_coeffs))
 
 
 def activation_dreg(
@@ -211,5 +212,5 @@ def activation_dreg_backward(
 ) -> tuple[Tensor, Tensor]:
     """The operator ``activation_dreg_backward``."""
     grads = (grad_y, grad_jac_sq, grad_derivative)
-    dz, drow_sq, _ = _backward(z, row_sq, None, kind, grads, (needs_z, needs_row_sq, False))
+    dz, drow_sq, _ = backward(z, row_sq, None, kind, grads, (needs_z, needs_row_sq, False))
     return dz, drow_sq

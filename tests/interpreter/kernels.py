@@ -18,7 +18,7 @@ from chainzrule_kernels.ops.linear_polynomial_dreg.op import operator as linear_
 from chainzrule_kernels.ops.polynomial_dreg.op import operators as polynomial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import operators as polynomial_tangent
 from chainzrule_kernels.testing import CASES, LAYOUTS, Case, Layout, measure
-from chainzrule_kernels.testing.layouts import contiguous
+from chainzrule_kernels.testing.layouts import channels_innermost, contiguous
 
 # The linear ops add nothing but PyTorch's matrix product.
 OWN = [case for case in CASES if not case.op.startswith("linear_")]
@@ -155,6 +155,31 @@ def test_nothing_is_written_beyond_an_output(shape: tuple[int, ...], monkeypatch
         assert (buffer[:32] == 7.25).all()
         assert (buffer[-32:] == 7.25).all()
         assert (buffer[32:-32] != 7.25).all()
+
+
+# ---- feature maps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arrange", [contiguous, channels_innermost], ids=lambda arrange: arrange.__name__)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 8, 4, 4), (1, 5, 40), (9, 16, 3, 2, 5), (0, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "polynomial_spatial_dreg[degree 3, shared]",
+        "polynomial_spatial_dreg[degree 3, per channel, tap_sq]",
+        "polynomial_spatial_dreg[degree 3, per channel, tap_sq for each channel]",
+        "activation_spatial_dreg[mish, tap_sq]",
+    ],
+)
+def test_images(name: str, shape: tuple[int, ...], arrange: Any) -> None:
+    check(BY_NAME[name], Layout("image", shape, arrange), torch.float32)
+
+
+def test_images_keep_their_layout() -> None:
+    z = channels_innermost(torch.randn(2, 5, 3, 4)).requires_grad_()
+    y, _ = ck.polynomial_spatial_dreg(z, torch.randn(4, 5), torch.rand(5, 3, 4))
+    (dz,) = torch.autograd.grad(y.sum(), z)
+    assert y.stride() == z.stride() == dz.stride()
 
 
 # ---- the product with its epilogue -------------------------------------------------------------------------------------
