@@ -15,9 +15,14 @@ from chainzrule_kernels.ops.activation_tangent.op import activation_tangent
 from chainzrule_kernels.ops.linear_activation_dreg.op import linear_activation_dreg
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
+from chainzrule_kernels.ops.polynomial_conv1d.op import polynomial_conv1d
+from chainzrule_kernels.ops.polynomial_conv1d_dreg.op import polynomial_conv1d_dreg
+from chainzrule_kernels.ops.polynomial_conv2d.op import polynomial_conv2d
+from chainzrule_kernels.ops.polynomial_conv2d_dreg.op import polynomial_conv2d_dreg
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
+from chainzrule_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
 
@@ -40,11 +45,17 @@ __all__ = [
     "nn",
     "peak_volatility",
     "polynomial",
+    "polynomial_conv1d",
+    "polynomial_conv1d_dreg",
+    "polynomial_conv2d",
+    "polynomial_conv2d_dreg",
     "polynomial_dreg",
     "polynomial_spatial_dreg",
     "polynomial_tangent",
     "reference",
     "regularisers",
     "schedules",
+    "swap",
     "tail_ratio",
+    "unswap",
 ]

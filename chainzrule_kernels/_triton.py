@@ -24,6 +24,12 @@ _OPERATORS = {
     "polynomial_dreg_backward": "_dreg_triton",
     "activation_dreg": "_dreg_triton",
     "activation_dreg_backward": "_dreg_triton",
+    "polynomial_spatial_dreg": "_spatial_triton",
+    "polynomial_spatial_dreg_backward": "_spatial_triton",
+    "activation_spatial_dreg": "_spatial_triton",
+    "activation_spatial_dreg_backward": "_spatial_triton",
+    "linear_polynomial_dreg": "_linear_triton",
+    "linear_activation_dreg": "_linear_triton",
     "polynomial_tangent": "_tangent_triton",
     "polynomial_tangent_backward": "_tangent_triton",
     "activation_tangent": "_tangent_triton",
@@ -38,7 +44,7 @@ _checked = False
 
 def serves(op: str) -> bool:
     """Whether the operator behind a public op has a Triton kernel. (The linear ops end in the pass of the others.)"""
-    return op.removeprefix("linear_") in _OPERATORS
+    return ("polynomial_spatial_dreg" if op.startswith("polynomial_conv") else op.removeprefix("linear_")) in _OPERATORS
 
 
 def load(module: str = "_dreg_triton") -> ModuleType:

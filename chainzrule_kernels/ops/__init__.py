@@ -12,6 +12,10 @@ _ROOMS = (
     "activation_spatial_dreg",
     "polynomial_tangent",
     "activation_tangent",
+    "polynomial_conv1d",
+    "polynomial_conv1d_dreg",
+    "polynomial_conv2d",
+    "polynomial_conv2d_dreg",
     "linear_polynomial_dreg",
     "linear_activation_dreg",
 )
