@@ -20,6 +20,7 @@ from torch import Tensor
 import chainzrule_kernels.ops  # noqa: F401
 from chainzrule_kernels._registration import library
 from chainzrule_kernels.ops import _convolution_rule as rule
+from chainzrule_kernels.ops._convolution_operator import operator
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -119,8 +120,6 @@ def polynomial_convolution(
     """The operator's kernel for CUDA tensors: the compiled one, or the definition for what that does not take."""
     call = rule.problem(x, weight, stride, padding, dilation, groups)
     if rule.cannot(call) is not None:
-        from chainzrule_kernels.ops._convolution_operator import operator
-
         inputs = (x, weight, bias, coeffs, tap_sq, stride, padding, dilation, groups, with_norm, keep_s)
         return operator.definition_as_kernel(*inputs)
     compiled = torch.ops.chainzrule_kernels_cuda.polynomial_convolution.default

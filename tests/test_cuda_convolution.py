@@ -16,11 +16,12 @@ import cuda_builds
 import pytest
 import torch
 import torch.nn.functional as F
-from shared import assert_bitwise
+from shared import Recorder, assert_bitwise
 from torch import Tensor
 
 from chainzrule_kernels import _native_cuda
 from chainzrule_kernels.ops import _convolution_rule as rule
+from chainzrule_kernels.ops._convolution_operator import operator
 from chainzrule_kernels.testing import accuracy
 from chainzrule_kernels.testing.cases import generator
 
@@ -122,6 +123,7 @@ def problem(
     bias: bool = True,
     taps: bool = True,
     taps_per_position: bool = True,
+    in_groups: bool = False,
     seed: int = 0,
 ) -> list[Any]:
     """``x`` (channels innermost), ``weight``, ``bias``, ``coeffs``, ``tap_sq``."""
@@ -129,7 +131,8 @@ def problem(
     x = draw(x_shape, arithmetic, "x", seed, 0.5).movedim(1, -1).contiguous().movedim(-1, 1)
     weight = draw(weight_shape, arithmetic, "weight", seed, fan_in**-0.5)
     stride, padding, dilation = geometry
-    out = (F.conv1d if x.dim() == 3 else F.conv2d)(x.float(), weight.float(), None, stride, padding, dilation).shape[2:]
+    convolution = F.conv1d if x.dim() == 3 else F.conv2d
+    out = convolution(x.float(), weight.float(), None, stride, padding, dilation, 1 + in_groups).shape[2:]
     # So small that the sum, in half precision too, is finite.
     tap_sq = torch.rand(filters, *(out if taps_per_position else ()), generator=generator("taps", seed))
     tap_sq /= filters * out.numel()
@@ -264,6 +267,33 @@ def test_y_comes_from_the_sum_before_it_is_rounded(convolve: Operator) -> None:
     exact = F.conv2d(x.double(), weight.double())
     # s is near 4 and loses what y, near 0, keeps.
     assert (y.double() - exact).abs().max() < (s.double() - 4 - exact).abs().max() / 2
+
+
+@each_arithmetic
+@pytest.mark.usefixtures("convolve")
+def test_the_kernel_of_the_operator_calls_the_compiled_one(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "tf32_allowed", lambda: arithmetic == "tfloat32")
+    numbers = [[2, 1], [1, 1], [1, 1]]
+    arguments = problem(arithmetic, (2, 16, 6, 5), (24, 16, 3, 3), numbers)
+    with Recorder() as recorder:
+        found = _native_cuda.polynomial_convolution(*arguments, *numbers, 1, True, True)
+    assert [call[0].namespace for call in recorder.calls][:1] == ["chainzrule_kernels_cuda"]
+    expected = operator.definition_as_kernel(*arguments, *numbers, 1, True, True)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other, rtol=1.6e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("convolve")
+def test_what_the_compiled_kernel_does_not_take_is_left_to_the_definition() -> None:
+    numbers = [[1, 1], [1, 1], [1, 1]]
+    x, weight, bias, coeffs, tap_sq = problem("float32", (2, 16, 6, 5), (24, 8, 3, 3), numbers, in_groups=True)
+    arguments = (x, weight, bias, coeffs, tap_sq, *numbers, 2, True, True)
+    with Recorder() as recorder:
+        found = _native_cuda.polynomial_convolution(*arguments)
+    assert "chainzrule_kernels_cuda" not in {call[0].namespace for call in recorder.calls}
+    assert_bitwise(found, operator.definition_as_kernel(*arguments))
 
 
 # ---- the limits, CUTLASS's and ours ----------------------------------------------------------------------------------
