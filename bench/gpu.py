@@ -141,6 +141,40 @@ WORKS = (
 )
 
 
+@dataclass(frozen=True)
+class ConvolutionWork:
+    """A polynomial-kernel convolution on one shape, in channels_last, without gradients.
+
+    Attributes:
+        label: which layer.
+        x_shape: ``(B, C, H, W)``.
+        weight_shape: ``(K, C, R, S)``.
+        padding: on every side.
+        dtype: of the data.
+    """
+
+    label: str
+    x_shape: tuple[int, int, int, int]
+    weight_shape: tuple[int, int, int, int]
+    padding: int
+    dtype: torch.dtype = BFLOAT16
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"polynomial_conv2d, {self.label}, batch {self.x_shape[0]}, {str(self.dtype).removeprefix('torch.')}"
+
+
+CONVOLUTIONS = (
+    ConvolutionWork("3x3, 64 to 64 at 56x56", (256, 64, 56, 56), (64, 64, 3, 3), 1),
+    ConvolutionWork("3x3, 128 to 128 at 28x28", (256, 128, 28, 28), (128, 128, 3, 3), 1),
+    ConvolutionWork("3x3, 512 to 512 at 7x7", (256, 512, 7, 7), (512, 512, 3, 3), 1),
+    ConvolutionWork("1x1, 64 to 256 at 56x56", (256, 64, 56, 56), (256, 64, 1, 1), 0),
+    ConvolutionWork("1x1, 256 to 64 at 56x56", (256, 256, 56, 56), (64, 256, 1, 1), 0),
+    ConvolutionWork("1x1, 64 to 256 at 56x56", (256, 64, 56, 56), (256, 64, 1, 1), 0, FLOAT32),
+)
+
+
 @dataclass
 class Result:
     """What was measured of a piece of work: seconds for each provider in each run, or why there are none."""
@@ -187,6 +221,59 @@ def measure(work: Work, results: dict[tuple[str, str], Result]) -> None:
                 result.seconds.setdefault(name, []).append(_graph_seconds(function, sets, stage))
             except Exception as error:
                 result.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def measure_convolution(work: ConvolutionWork, results: dict[tuple[str, str], Result]) -> None:
+    """One run of one convolution: the fused kernel, cuDNN alone, cuDNN and one pass, the published unfold code."""
+    torch.manual_seed(0)
+
+    def drawn() -> list[Tensor]:
+        x = _normal(*work.x_shape).to(work.dtype, memory_format=torch.channels_last)
+        weight = 0.1 * _normal(*work.weight_shape)
+        return [x, weight.to(work.dtype, memory_format=torch.channels_last), _cubic(work.weight_shape[0])]
+
+    def served_by(name: str) -> Callable[..., Tensor]:
+        def call(x: Tensor, weight: Tensor, coeffs: Tensor) -> Tensor:
+            with ck.backend(name):
+                return ck.polynomial_conv2d(x, weight, None, coeffs, 1, work.padding)
+
+        return call
+
+    providers: dict[str, Callable[..., Tensor]] = {
+        "fused": served_by("cuda"),
+        "F.conv2d": lambda x, weight, coeffs: F.conv2d(x, weight, None, 1, work.padding),
+        "F.conv2d and one pass": served_by("triton"),
+        "auto": served_by("auto"),
+        "unfold": lambda x, weight, coeffs: _unfolded(x, weight, coeffs, work.padding),
+    }
+    if ck._native_cuda.cuda is None:
+        print(f"the fused convolution is not measured: {ck._native_cuda.missing_because}", file=sys.stderr)
+        del providers["fused"]
+    sets = [drawn() for _ in range(2)]
+    first = [value.double() for value in sets[0]]
+    with torch.no_grad():
+        exact = ck.reference.polynomial_conv2d(first[0][:2], first[1], None, first[2], 1, work.padding)
+    result = results.setdefault((work.name, "forward"), Result(work.name, "forward", 0))
+    for name, provider in providers.items():
+        try:
+            with torch.no_grad():
+                found = provider(*sets[0])[:2]
+            error = ((found.double() - exact).abs().max() / exact.abs().max()).item()
+            if name != "F.conv2d" and not error <= TOLERANCE[work.dtype]:
+                raise AssertionError(f"it differs from float64 by {error:.2g} of the largest value")
+            result.seconds.setdefault(name, []).append(_graph_seconds(provider, sets, "forward"))
+        except Exception as error:
+            result.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _unfolded(x: Tensor, weight: Tensor, coeffs: Tensor, padding: int) -> Tensor:
+    """As published: every patch is written out, then a product of matrices, then powers."""
+    filters, _, height, width = weight.shape
+    patches = F.unfold(x, (height, width), padding=padding)
+    s = weight.flatten(1) @ patches
+    y = sum(coefficient.to(x.dtype)[:, None] * s**power for power, coefficient in enumerate(coeffs))
+    assert isinstance(y, Tensor)
+    return y.view(x.shape[0], filters, x.shape[2] + 2 * padding - height + 1, -1)
 
 
 def _arguments(work: Work) -> list[Any]:
@@ -390,6 +477,16 @@ def bounds(results: dict[tuple[str, str], Result], overhead: dict[str, float], p
             ratio(main, "both", "compile cooperative"),
         ),
         ("linear_polynomial_dreg over F.linear", "<=", 1.05, ratio(linear, "forward", "fused", "F.linear")),
+        *(
+            (f"{what} over F.conv2d", "<=", 1.05, ratio(what, "forward", "auto", "F.conv2d"))
+            for what in (work.name for work in CONVOLUTIONS)
+        ),
+        (
+            "polynomial_conv2d: faster than the published unfold code",
+            ">=",
+            20.0,
+            ratio(CONVOLUTIONS[0].name, "forward", "unfold", "auto"),
+        ),
         ("a call at 1x64 over F.gelu, in us", "<=", 10.0, overhead["polynomial_dreg"] - overhead["F.gelu"]),
         ("peak memory over eager", "<=", 0.35, peaks["fused"] / peaks["eager"]),
     ]
@@ -496,6 +593,11 @@ def main() -> int:
             if arguments.only in work.name:
                 print(f"run {run + 1}: {work.name}", file=sys.stderr)
                 measure(work, results)
+                torch.cuda.empty_cache()
+        for convolution in CONVOLUTIONS:
+            if arguments.only in convolution.name:
+                print(f"run {run + 1}: {convolution.name}", file=sys.stderr)
+                measure_convolution(convolution, results)
                 torch.cuda.empty_cache()
     overhead, peaks = call_overhead(), peak_memory()
     gibibyte = 1 << 30

@@ -23,6 +23,7 @@ from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
 from chainzrule_kernels.polykervnet import from_polykervnet, polykervnet_report, to_polykervnet
+from chainzrule_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,8 @@ __all__ = [
     "reference",
     "regularisers",
     "schedules",
+    "swap",
     "tail_ratio",
     "to_polykervnet",
+    "unswap",
 ]
