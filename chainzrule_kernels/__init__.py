@@ -18,6 +18,7 @@ from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
+from chainzrule_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
 
@@ -46,5 +47,7 @@ __all__ = [
     "reference",
     "regularisers",
     "schedules",
+    "swap",
     "tail_ratio",
+    "unswap",
 ]
