@@ -1,6 +1,7 @@
 """Fused kernels for polynomial layers and layer-Jacobian regularisation (DREG) in PyTorch."""
 
 from chainzrule_kernels import _native as _native
+from chainzrule_kernels import _native_cuda as _native_cuda
 from chainzrule_kernels import _triton as _triton
 from chainzrule_kernels import coefficients, nn, reference, regularisers, schedules
 from chainzrule_kernels.backends import Explanation, backend, explain
@@ -17,6 +18,7 @@ from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
+from chainzrule_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
 
@@ -45,5 +47,7 @@ __all__ = [
     "reference",
     "regularisers",
     "schedules",
+    "swap",
     "tail_ratio",
+    "unswap",
 ]

@@ -50,29 +50,35 @@ def backend(name: str) -> Iterator[None]:
         _requested.name = before
 
 
-def choose(op: str, z: Tensor) -> str:
+def choose(op: str, z: Tensor, *rest: Any) -> str:
     """The backend that serves a call of ``op`` on ``z``.
+
+    Args:
+        op: the public function.
+        z: its first argument.
+        *rest: its other positional arguments, where the choice depends on them: for the convolution ops.
 
     Raises:
         RuntimeError: when a backend was asked for that cannot serve the call.
     """
     requested = _requested.name
     if requested == "auto":
-        return _automatic(op, z)
-    reason = why_not(requested, op, z)
+        return _automatic(op, z, *rest)
+    reason = why_not(requested, op, z, *rest)
     if reason is not None:
         raise RuntimeError(f"{op}: the backend {requested!r} was asked for and cannot serve this call: {reason}")
     return requested
 
 
-def _automatic(op: str, z: Tensor) -> str:
+def _automatic(op: str, z: Tensor, *rest: Any) -> str:
     if z.device.type == "cpu":
         return "cpu" if _native_cpu_missing() is None else "reference"
-    return next((name for name in ("cuda", "triton") if why_not(name, op, z) is None), "reference")
+    able = [name for name in ("cuda", "triton") if why_not(name, op, z, *rest) is None]
+    return next((name for name in able if slower(name, op, z, *rest) is None), able[0] if able else "reference")
 
 
-def why_not(name: str, op: str, z: Tensor) -> str | None:
-    """Why the backend ``name`` cannot serve a call of ``op`` on ``z``; None when it can."""
+def why_not(name: str, op: str, z: Tensor, *rest: Any) -> str | None:
+    """Why the backend ``name`` cannot serve a call of ``op`` on ``z`` and the ``rest``; None when it can."""
     if name == "reference":
         return None
     if name == "cpu":
@@ -81,7 +87,14 @@ def why_not(name: str, op: str, z: Tensor) -> str | None:
         return _native_cpu_missing()
     if name == "triton":
         return _triton_missing(op, z)
-    return f"this version has no {name} kernel for {op}"
+    return _cuda_missing(op, z, *rest)
+
+
+def slower(name: str, op: str, z: Tensor, *rest: Any) -> str | None:
+    """Why ``auto`` passes over a backend that can serve the call; None when it does not."""
+    from chainzrule_kernels import _native_cuda
+
+    return _native_cuda.not_worthwhile(z, *rest) if name == "cuda" and op in _native_cuda.OPS else None
 
 
 def _native_cpu_missing() -> str | None:
@@ -100,6 +113,14 @@ def _triton_missing(op: str, z: Tensor) -> str | None:
     if not torch.compiler.is_compiling():
         _triton.check()
     return _triton.missing_because
+
+
+def _cuda_missing(op: str, z: Tensor, *rest: Any) -> str | None:
+    from chainzrule_kernels import _native_cuda
+
+    if op not in _native_cuda.OPS:
+        return f"this version has no cuda kernel for {op}"
+    return _native_cuda.cannot(z, *rest)
 
 
 @dataclass(frozen=True)
@@ -149,18 +170,19 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     arguments = inspect.signature(public_op.function).bind(*args, **kwargs)
     arguments.apply_defaults()
     public_op.check(*arguments.args, **arguments.kwargs)
-    z = arguments.args[0]
-    chosen = choose(op, z)
-    reasons = {}
-    for name in BACKENDS:
-        if name != chosen:
-            reason = why_not(name, op, z)
-            reasons[name] = reason if reason is not None else f"it could, but {chosen} {_preference(chosen)}"
-    return Explanation(op, chosen, reasons)
+    chosen = choose(op, *arguments.args)
+    others = [name for name in BACKENDS if name != chosen]
+    return Explanation(op, chosen, {name: _passed_over(name, chosen, op, *arguments.args) for name in others})
 
 
-def _preference(chosen: str) -> str:
-    return "was asked for" if _requested.name == chosen else "is faster"
+def _passed_over(name: str, chosen: str, op: str, *arguments: Any) -> str:
+    """Why a backend does not serve a call that another one was chosen for."""
+    reason = why_not(name, op, *arguments)
+    if reason is not None:
+        return reason
+    if _requested.name == chosen:
+        return f"it could, but {chosen} was asked for"
+    return f"it could, but {slower(name, op, *arguments) or f'{chosen} is faster'}"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def _targets() -> list[tuple[str, str]]:
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """A device and a backend on it, in force for the test."""
     if request.param[1] == FALLBACK:
-        monkeypatch.setattr(backends, "choose", lambda op, z: FALLBACK)
+        monkeypatch.setattr(backends, "choose", lambda op, *arguments: FALLBACK)
         yield request.param
         return
     with ck.backend(request.param[1]):

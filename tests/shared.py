@@ -36,6 +36,11 @@ def is_linear(case: Case) -> bool:
     return case.op.startswith("linear_")
 
 
+def sums_as_memory_lies(case: Case) -> bool:
+    """Whether another arrangement of the data in memory may be summed in another order."""
+    return is_linear(case) or "_spatial_" in case.op
+
+
 def gradients_for(results: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     """A random gradient for each result."""
     numbers = generator("gradients", seed)

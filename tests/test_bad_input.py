@@ -49,6 +49,14 @@ def _data(argument: str) -> list[Mistake]:
     ]
 
 
+def _maps(argument: str) -> list[Mistake]:
+    return [
+        *_every_tensor(argument),
+        Mistake(argument, "0-d", lambda value: value.sum(), ValueError, ("(B, C, *spatial)", "()")),
+        Mistake(argument, "1-d", lambda value: value[0], ValueError, ("(B, C, *spatial)", f"({CHANNELS},)")),
+    ]
+
+
 def _on_meta(argument: str) -> Mistake:
     return Mistake(argument, "on another device", lambda value: value.to("meta"), ValueError, ("device cpu", "meta"))
 
@@ -87,6 +95,13 @@ ROW_SQ = [
     Mistake("row_sq", "one element", lambda value: value[:1], ValueError, (f"({CHANNELS},)", "(1,)")),
     _on_meta("row_sq"),
 ]
+TAP_SQ = [
+    *_every_tensor("tap_sq"),
+    Mistake("tap_sq", "0-d", lambda value: value.sum(), ValueError, (f"({CHANNELS},)", "()")),
+    Mistake("tap_sq", "for a batch", lambda value: value[None], ValueError, (f"({CHANNELS},)", f"(1, {CHANNELS})")),
+    Mistake("tap_sq", "one element", lambda value: value[:1], ValueError, (f"({CHANNELS},)", "(1,)")),
+    _on_meta("tap_sq"),
+]
 Z_DOT = [
     *_every_tensor("z_dot"),
     Mistake("z_dot", "without T", lambda value: value[0], ValueError, (f"(T, {BATCH}, {CHANNELS})", "(3, 5)")),
@@ -118,6 +133,8 @@ MISTAKES: dict[str, list[Mistake]] = {
     "polynomial": [*_data("z"), *_coeffs(CHANNELS)],
     "polynomial_dreg": [*_data("z"), *_coeffs(CHANNELS), *ROW_SQ],
     "activation_dreg": [*_data("z"), *KIND, *ROW_SQ],
+    "polynomial_spatial_dreg": [*_maps("z"), *_coeffs(CHANNELS), *TAP_SQ],
+    "activation_spatial_dreg": [*_maps("z"), *KIND, *TAP_SQ],
     "polynomial_tangent": [*_data("z"), *Z_DOT, *_coeffs(CHANNELS)],
     "activation_tangent": [*_data("z"), *Z_DOT, *KIND],
     "linear_polynomial_dreg": [*LINEAR, *_coeffs(OUT)],

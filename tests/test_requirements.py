@@ -22,6 +22,7 @@ from shared import (
     each_dtype,
     gradients_for,
     is_linear,
+    sums_as_memory_lies,
 )
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def test_r07_a_layout_changes_no_bit(case: Case, layout: Layout, device: str, co
     gradients = [layout.arrange(gradient) for gradient in gradients_for(case(tensors))]
     found = differentiate(case, tensors, gradients)
     expected = differentiate(case, copies, [gradient.contiguous() for gradient in gradients])
-    if is_linear(case) or not compiled:  # a library's matrix product or sum may choose another order
+    if sums_as_memory_lies(case) or not compiled:  # a library's matrix product or sum may choose another order
         assert_same(found, expected, rtol=1e-5, atol=1e-4)
     else:
         assert_bitwise(found, expected)
@@ -84,7 +85,8 @@ def test_r07_channels_last_images(case: Case, device: str) -> None:
 
     tensors = case.arguments((2, 3, 5, 6), arrange=channels_last, device=device)
     found = differentiate(case, tensors)
-    assert_same(found, differentiate(case, {name: value.contiguous() for name, value in tensors.items()}))
+    expected = differentiate(case, {name: value.contiguous() for name, value in tensors.items()})
+    assert_same(found, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- R11: nothing but PyTorch ---------------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ for case in CASES:
     # The registered operators too, on their plain-PyTorch kernels, as torch.compile would call them.
     gradients = [torch.ones_like(result) for result in results]
     expected = results_and_gradients(case, case, tensors, gradients)
-    choose, backends.choose = backends.choose, lambda op, z: "operators"
+    choose, backends.choose = backends.choose, lambda op, *arguments: "operators"
     found = results_and_gradients(case, case, tensors, gradients)
     backends.choose = choose
     for name, value in found.items():

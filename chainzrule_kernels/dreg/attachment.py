@@ -70,7 +70,7 @@ class Attachment:
             record = JacobianRecord(self._forward_pass, layer.linear if self._with_norms else None)
             self._put(layer.owner, record)
             return record
-        record = JacobianRecord(self._forward_pass, None)
+        record = JacobianRecord(self._forward_pass, None, spread=layer.linear)
         self._records_of(layer).by_linear[layer.linear_name] = record
         return record
 

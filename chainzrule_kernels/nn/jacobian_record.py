@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from chainzrule_kernels import _distributed
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.functions.activations import Activation
 from chainzrule_kernels.functions.polynomial import Polynomial
@@ -247,12 +248,14 @@ class JacobianRecord:
         calls: ``(jac_sq, number of units)`` for each time the layer ran. A layer that the model uses twice has two
             entries.
         linear: the module with the ``weight`` whose row norms count; None for the activation alone.
+        spread: the linear map in front, of whose units a process may have a part (``torch.distributed.tensor``).
         nonlinearity: ``E‖J - E J‖_F² / E‖J‖_F²`` over the samples of the latest call; only when it is being measured.
     """
 
-    def __init__(self, forward_pass: ForwardPass, linear: nn.Module | None) -> None:
+    def __init__(self, forward_pass: ForwardPass, linear: nn.Module | None, spread: nn.Module | None = None) -> None:
         self.forward_pass = forward_pass
         self.linear = linear
+        self.spread = spread
         self.calls: list[tuple[Tensor, int]] = []
         self.nonlinearity: float | None = None
 
@@ -300,7 +303,7 @@ class JacobianRecord:
             if is_under_vmap():
                 return
         if self.forward_pass.depth > 0:
-            self.calls.append((jac_sq, units))
+            self.calls.append(_distributed.whole(jac_sq, units, self.spread))
 
     def _check_recomputation(self, jac_sq: Tensor) -> None:
         if jac_sq.requires_grad and self.calls and not any(recorded.requires_grad for recorded, _ in self.calls):

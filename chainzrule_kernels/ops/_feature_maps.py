@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def channels_innermost(z: Tensor) -> bool:
-    """Whether the channels of a position lie side by side (``torch.channels_last``, for any number of spatial sizes)."""
+    """Whether the channels of a position lie side by side (``torch.channels_last``, for any number of sizes)."""
     return z.dim() > 2 and z.shape[1] > 1 and z.stride(1) == 1 and not z.is_contiguous()
 
 

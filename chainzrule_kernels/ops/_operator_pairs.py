@@ -1,9 +1,9 @@
 """A forward operator and the backward operator that its vjp calls, for any scalar function.
 
-The ops with a Jacobian norm, ``*_dreg``, ``*_spatial_dreg`` and ``*_tangent``, have the same shape: three differentiable
-inputs ``z``, a companion (``row_sq``, ``tap_sq`` or ``z_dot``) and ``coeffs``, and two or three outputs. The fixed
-activations have a string ``kind`` in the place of ``coeffs``. So one builder registers all six pairs, and polynomials and
-activations cannot drift apart.
+The ops with a Jacobian norm, ``*_dreg``, ``*_spatial_dreg`` and ``*_tangent``, have the same shape: three
+differentiable inputs ``z``, a companion (``row_sq``, ``tap_sq`` or ``z_dot``) and ``coeffs``, and two or three outputs.
+The fixed activations have a string ``kind`` in the place of ``coeffs``. So one builder registers all six pairs, and
+polynomials and activations cannot drift apart.
 
 An operator always returns the same number of tensors: a result that was not asked for is an empty tensor.
 """

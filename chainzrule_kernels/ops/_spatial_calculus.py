@@ -53,7 +53,7 @@ def backward_jvp(
     return _maps(dz_dot), _taps(dtap_sq_dot), dcoeffs_dot
 
 
-# ---- to the arrangement of the plain ops ------------------------------------------------------------------------------
+# ---- to the arrangement of the plain ops -----------------------------------------------------------------------------
 
 
 def _parameters(z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -78,7 +78,7 @@ def _results(values: Optional3, z: Tensor) -> Optional3:
     )
 
 
-# ---- and back ---------------------------------------------------------------------------------------------------------
+# ---- and back --------------------------------------------------------------------------------------------------------
 
 
 def _maps(value: Tensor | None) -> Tensor | None:

@@ -144,9 +144,14 @@ def draw(
 
 
 def in_float64(case: Case, tensors: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The exact results and gradients: the definition in float64, from the same rounded inputs."""
-    doubles = {name: value.detach().double() for name, value in tensors.items()}
-    return results_and_gradients(case, case.reference, doubles, [gradient.double() for gradient in gradients])
+    """The exact results and gradients: the definition in float64, from the same rounded inputs.
+
+    They are contiguous, because PyTorch's sums over some other layouts add one term after another, and lose more.
+    """
+    doubles = {name: value.detach().double().contiguous() for name, value in tensors.items()}
+    return results_and_gradients(
+        case, case.reference, doubles, [gradient.double().contiguous() for gradient in gradients]
+    )
 
 
 def results_and_gradients(

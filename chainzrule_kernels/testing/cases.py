@@ -314,9 +314,7 @@ def _activation_dreg() -> list[Case]:
     ]
 
 
-def _spatial(
-    op: str, form: str, function: tuple[TensorArgument, ...], kind: dict[str, str], quick: bool
-) -> list[Case]:
+def _spatial(op: str, form: str, function: tuple[TensorArgument, ...], kind: dict[str, str], quick: bool) -> list[Case]:
     """With ``tap_sq`` for every element, and where quick also for every channel and without."""
     forms = {", tap_sq": (TAP_SQ,), ", tap_sq for each channel": (CHANNEL_TAP_SQ,), "": ()}
     return [

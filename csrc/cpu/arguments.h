@@ -1,7 +1,8 @@
 // What the bindings (ops.cpp, which knows torch) hand to the kernels (which do not).
 //
-// Tensors arrive as matrices of `rows` samples by `columns` channels. Data tensors have any row stride and unit column stride.
-// Parameters and per-sample quantities have the compute type: double for float64 data, float for everything else.
+// Tensors arrive as matrices with a row for each sample. Data tensors have any row stride and unit column stride. The columns of
+// a row are the channels of the sample, or those of each of its positions (an image). Parameters and per-sample quantities have
+// the compute type: double for float64 data, float for everything else.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,23 @@ enum class DataType { float32, float64, bfloat16, float16 };
 struct FunctionSpec {
   int activation = -1;          // index in the order of for_each_activation; -1 for a polynomial
   int degree = 0;               // of the polynomial
-  bool per_channel = false;     // whether coefficient k of channel j stands at [k * columns + j], or at [k] for all
+  bool per_channel = false;     // whether coefficient k of channel c stands at [k * channels + c], or at [k] for all
   const void* coefficients = nullptr;
+};
+
+// Which channel a column belongs to.
+struct ChannelOrder {
+  int64_t channels = 0;
+  int64_t positions = 1;   // columns = channels * positions
+  bool outermost = false;  // the positions of a channel side by side, or the channels of a position
+
+  int64_t columns() const { return channels * positions; }
+};
+
+// r of sum_j f'(z_j)^2 r_j.
+struct RowSq {
+  const void* data = nullptr;  // null for 1
+  bool per_channel = true;     // one for each channel, or one for each column
 };
 
 struct ConstMatrix {
@@ -37,12 +53,12 @@ struct Tile {
 // y = f(z), derivative = f'(z), norm = sum_j f'(z_j)^2 row_sq_j over the columns of the tile.
 struct DregForward {
   DataType type;
-  int64_t columns;
+  ChannelOrder order;
   FunctionSpec function;
   ConstMatrix z;
   Matrix y;
   Matrix derivative;
-  const void* row_sq = nullptr;
+  RowSq row_sq;
   void* norm = nullptr;              // compute type, norm[row]: when a tile holds whole rows
   double* norm_partials = nullptr;   // norm_partials[row * splits + split]: when it does not
   int64_t splits = 1;
@@ -51,16 +67,14 @@ struct DregForward {
 // The gradients of z, and sums over the rows of the tile for the parameters.
 struct DregBackward {
   DataType type;
-  int64_t columns;
+  ChannelOrder order;
   FunctionSpec function;
   ConstMatrix z;
   ConstMatrix grad_y;
   ConstMatrix grad_derivative;
   const void* grad_norm = nullptr;  // compute type, [row]
-  const void* row_sq = nullptr;
+  RowSq row_sq;
   Matrix grad_z;
-  bool wants_coefficients = false;
-  bool wants_row_sq = false;
 };
 
 // y = f(z), y_dot_t = f'(z) z_dot_t, norm_t = sum_j y_dot_tj^2. Tangent t starts `tangent_stride` elements after tangent t - 1.
@@ -95,11 +109,11 @@ struct TangentBackward {
   const void* grad_norm = nullptr;  // compute type, [t * rows + row]
   Matrix grad_z;
   Matrix grad_z_dot;                // contiguous
-  bool wants_coefficients = false;
 };
 
 // Where a backward task leaves its sums. The gradient of coefficient k goes to coefficients[k] (shared), or to
-// coefficients[k * columns + j] (per channel); that of row_sq to row_sq[j]. Every element is written.
+// coefficients[k * channels + c] (per channel); that of row_sq to row_sq[c] or, with one for each column, to row_sq[j]. What
+// belongs to the columns of the tile is written; where there are positions, all of coefficients[] and of row_sq[c] is.
 struct GradientSums {
   double* coefficients = nullptr;
   double* row_sq = nullptr;

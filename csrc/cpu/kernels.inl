@@ -10,6 +10,7 @@
 #include <array>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "cpu/arguments.h"
@@ -233,9 +234,10 @@ ChunkFunctions<E> activation_functions(int activation) {
 }
 
 template <class E>
-ChunkFunctions<E> chunk_functions(const FunctionSpec& function) {
+ChunkFunctions<E> chunk_functions(const FunctionSpec& function, const ChannelOrder& order) {
+  // With the channels outermost a chunk lies within one channel, whose polynomial its elements share.
   return function.activation >= 0 ? activation_functions<E>(function.activation)
-                                  : polynomial_functions<E>(function.degree, function.per_channel);
+                                  : polynomial_functions<E>(function.degree, function.per_channel && !order.outermost);
 }
 
 // ---- data types: a chunk of any of them as float or double ------------------------------------------------------------
@@ -306,51 +308,167 @@ CHAINZRULE_INLINE S* at(const Matrix& matrix, int64_t row, int64_t column) {
   return matrix.data ? static_cast<S*>(matrix.data) + row * matrix.row_stride + column : nullptr;
 }
 
-// Between arrays that a loop reads side by side: not a multiple of 4096 bytes, at which they would share the lines of the
-// first-level cache and wait for each other's stores.
-constexpr int64_t kSkew = 48;
-constexpr int64_t kSumsStride = kColumnsPerSum + kSkew;
-
-// The parameters of the channels of a tile, as its chunks read them: copied side by side with a skew where the tile has rows
-// enough to make that worth while, and where they lie otherwise.
+// Memory aligned to a cache line.
 template <class E>
-class TileParameters {
+class AlignedBuffer {
  public:
-  TileParameters(const FunctionSpec& function, const void* row_sq, const Tile& tile, int64_t columns)
-      : coefficients_(static_cast<const E*>(function.coefficients)), row_sq_(static_cast<const E*>(row_sq)), stride_(columns) {
-    const int64_t count = function.per_channel ? function.degree + 1 : 0;
-    shared_ = count == 0;
-    if ((count == 0 && !row_sq_) || tile.row_end - tile.row_begin < 8) return;
-    const int64_t width = tile.column_end - tile.column_begin;
-    const int64_t skewed = (width + kColumnsPerSum - 1) / kColumnsPerSum * kColumnsPerSum + kSkew;
-    copy_.reset(new E[static_cast<size_t>((count + 1) * skewed)]);
-    for (int64_t k = 0; k < count; ++k) {
-      std::copy_n(coefficients_ + k * columns + tile.column_begin, width, copy_.get() + k * skewed);
-    }
-    if (row_sq_) {
-      std::copy_n(row_sq_ + tile.column_begin, width, copy_.get() + count * skewed);
-      row_sq_ = copy_.get() + count * skewed;
-      row_sq_begin_ = tile.column_begin;
-    }
-    if (count > 0) {
-      coefficients_ = copy_.get();
-      coefficients_begin_ = tile.column_begin;
-      stride_ = skewed;
+  AlignedBuffer() = default;
+  explicit AlignedBuffer(int64_t count)
+      : data_(static_cast<E*>(::operator new(static_cast<size_t>(count) * sizeof(E), std::align_val_t{64}))) {}
+  E* get() const { return data_.get(); }
+  explicit operator bool() const { return data_ != nullptr; }
+
+ private:
+  struct Free {
+    void operator()(E* data) const { ::operator delete(data, std::align_val_t{64}); }
+  };
+  std::unique_ptr<E, Free> data_;
+};
+
+// A part of a row that one chunk can take: its parameters stand side by side.
+struct Piece {
+  int64_t column;
+  int64_t n;
+  int64_t offset;   // channels innermost: where its first parameter stands in the tile's window of parameters
+  int64_t channel;  // channels outermost: that of every element
+};
+
+// How the columns of a tile meet the parameters of their channels.
+//
+// Channels innermost: the tile has a window, the parameters of one position or, so that chunks of images with few channels need
+// not be short, of several. Channels outermost: a piece ends with its channel.
+class TileColumns {
+ public:
+  TileColumns(const ChannelOrder& order, const Tile& tile, bool parameters_per_channel)
+      : order_(order),
+        begin_(tile.column_begin),
+        end_(tile.column_end),
+        outermost_(order.outermost && parameters_per_channel),
+        window_(end_ - begin_),
+        phase_(order.positions > 1 && !order.outermost && order.channels > 0 ? begin_ % order.channels : begin_) {
+    if (parameters_per_channel && !outermost_ && order.positions > 1) {
+      window_ = std::min(window_, std::max<int64_t>(1, kColumnsPerSum / order.channels) * order.channels);
     }
   }
 
-  const E* coefficients(int64_t column) const { return shared_ ? coefficients_ : coefficients_ + (column - coefficients_begin_); }
-  int64_t stride() const { return stride_; }
-  const E* row_sq(int64_t column) const { return row_sq_ ? row_sq_ + (column - row_sq_begin_) : nullptr; }
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return end_; }
+  int64_t width() const { return end_ - begin_; }
+  int64_t channels() const { return order_.channels; }
+  bool outermost() const { return outermost_; }
+  int64_t window() const { return window_; }
+
+  template <class E>
+  CHAINZRULE_INLINE Piece piece(int64_t column) const {
+    if (outermost_) {
+      const int64_t channel = column / order_.positions;
+      return {column, std::min({kChunk<E>, end_ - column, (channel + 1) * order_.positions - column}), 0, channel};
+    }
+    int64_t offset = column - begin_;
+    if (offset >= window_) offset %= window_;
+    return {column, std::min({kChunk<E>, end_ - column, window_ - offset}), offset, 0};
+  }
+
+  // Whether the window holds each channel at most once, in the order of the parameters.
+  bool window_in_place() const { return phase_ + window_ <= order_.channels; }
+  int64_t phase() const { return phase_; }
+
+  // Calls run(offset, channel, count) for each stretch of the window whose channels follow one another.
+  template <class Run>
+  void for_each_stretch(const Run& run) const {
+    for (int64_t offset = 0; offset < window_;) {
+      const int64_t channel = (phase_ + offset) % order_.channels;
+      const int64_t count = std::min(window_ - offset, order_.channels - channel);
+      run(offset, channel, count);
+      offset += count;
+    }
+  }
 
  private:
+  const ChannelOrder order_;
+  const int64_t begin_;
+  const int64_t end_;
+  const bool outermost_;
+  int64_t window_;
+  const int64_t phase_;  // the channel of the first column
+};
+
+// Between arrays that a loop reads side by side: not a multiple of 4096 bytes, at which they would share the lines of the
+// first-level cache and wait for each other's stores.
+constexpr int64_t kSkew = 48;
+
+inline int64_t skewed(int64_t width) { return (width + kColumnsPerSum - 1) / kColumnsPerSum * kColumnsPerSum + kSkew; }
+
+// The parameters of the channels of a tile, as its chunks read them: copied into the window, side by side with a skew, where
+// the tile is large enough to make that worth while or the window repeats them, and where they lie otherwise.
+template <class E>
+class TileParameters {
+ public:
+  TileParameters(const FunctionSpec& function, const RowSq& row_sq, const Tile& tile, const TileColumns& columns)
+      : columns_(columns),
+        coefficients_(static_cast<const E*>(function.coefficients)),
+        row_sq_(static_cast<const E*>(row_sq.data)),
+        coefficient_count_(function.per_channel ? function.degree + 1 : 0),
+        row_sq_per_channel_(row_sq.per_channel),
+        stride_(columns.channels()) {
+    if (columns.outermost() || columns.window() == 0) return;
+    const bool copies_row_sq = row_sq_ && row_sq_per_channel_;
+    if (coefficient_count_ == 0 && !copies_row_sq) return;
+    if (tile.row_end - tile.row_begin < 8 && columns.window_in_place()) {
+      if (coefficient_count_ > 0) coefficients_ += columns.phase();
+      if (copies_row_sq) row_sq_ += columns.phase();
+      return;
+    }
+    const int64_t stride = skewed(columns.window());
+    copy_ = AlignedBuffer<E>((coefficient_count_ + 1) * stride);
+    columns.for_each_stretch([&](int64_t offset, int64_t channel, int64_t count) {
+      for (int64_t k = 0; k < coefficient_count_; ++k) {
+        std::copy_n(coefficients_ + k * stride_ + channel, count, copy_.get() + k * stride + offset);
+      }
+      if (copies_row_sq) std::copy_n(row_sq_ + channel, count, copy_.get() + coefficient_count_ * stride + offset);
+    });
+    if (copies_row_sq) row_sq_ = copy_.get() + coefficient_count_ * stride;
+    if (coefficient_count_ > 0) {
+      coefficients_ = copy_.get();
+      stride_ = stride;
+    }
+  }
+
+  // To be called for each piece before the others.
+  CHAINZRULE_INLINE void begin_piece(const Piece& piece) {
+    if (columns_.outermost() && piece.channel != channel_) begin_channel(piece.channel);
+  }
+
+  const E* coefficients(const Piece& piece) const {
+    if (coefficient_count_ == 0) return coefficients_;
+    return columns_.outermost() ? of_channel_ : coefficients_ + piece.offset;
+  }
+  int64_t stride() const { return stride_; }
+  const E* row_sq(const Piece& piece) const {
+    if (!row_sq_) return nullptr;
+    if (!row_sq_per_channel_) return row_sq_ + piece.column;
+    return columns_.outermost() ? row_sq_of_channel_.data : row_sq_ + piece.offset;
+  }
+
+ private:
+  void begin_channel(int64_t channel) {
+    channel_ = channel;
+    for (int64_t k = 0; k < coefficient_count_; ++k) of_channel_[k] = coefficients_[k * stride_ + channel];
+    if (row_sq_ && row_sq_per_channel_) {
+      std::fill_n(row_sq_of_channel_.data, std::min(kChunk<E>, columns_.width()), row_sq_[channel]);
+    }
+  }
+
+  const TileColumns& columns_;
   const E* coefficients_;
   const E* row_sq_;
+  const int64_t coefficient_count_;  // for each channel
+  const bool row_sq_per_channel_;
   int64_t stride_;
-  int64_t coefficients_begin_ = 0;
-  int64_t row_sq_begin_ = 0;
-  bool shared_ = false;
-  std::unique_ptr<E[]> copy_;
+  int64_t channel_ = -1;
+  E of_channel_[kMaxDegree + 1];
+  Buffer<E> row_sq_of_channel_;
+  AlignedBuffer<E> copy_;
 };
 
 // A norm is complete when the tile holds whole rows; otherwise it is one of several parts.
@@ -369,25 +487,29 @@ template <class S>
 void dreg_forward_tile(const DregForward& a, const Tile& tile, int64_t split) {
   using E = typename ComputeOf<S>::type;
   const bool wants_norm = a.norm || a.norm_partials;
-  const ChunkFunctions<E> functions = chunk_functions<E>(a.function);
-  const TileParameters<E> parameters(a.function, a.row_sq, tile, a.columns);
+  const ChunkFunctions<E> functions = chunk_functions<E>(a.function, a.order);
+  const TileColumns columns(a.order, tile, a.function.per_channel || (a.row_sq.data && a.row_sq.per_channel));
+  TileParameters<E> parameters(a.function, a.row_sq, tile, columns);
   Buffer<E> z_buffer, y_buffer, derivative_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     double norm = 0;
-    for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
-      const int64_t n = std::min(kChunk<E>, tile.column_end - column);
+    for (int64_t column = tile.column_begin; column < tile.column_end;) {
+      const Piece piece = columns.piece<E>(column);
+      const int64_t n = piece.n;
+      parameters.begin_piece(piece);
       S* y = at<S>(a.y, row, column);
       S* derivative = at<S>(a.derivative, row, column);
-      const ForwardChunk<E> chunk{parameters.coefficients(column),
+      const ForwardChunk<E> chunk{parameters.coefficients(piece),
                                   parameters.stride(),
                                   read(at<S>(a.z, row, column), n, z_buffer),
                                   target(y, y_buffer),
                                   target(derivative, derivative_buffer),
-                                  parameters.row_sq(column),
+                                  parameters.row_sq(piece),
                                   n};
       norm += (wants_norm ? functions.value_and_norm : functions.value)(chunk);
       finish(y, n, y_buffer);
       finish(derivative, n, derivative_buffer);
+      column += n;
     }
     if (wants_norm) put_norm<E>(a.norm, a.norm_partials, row, a.splits, split, norm);
   }
@@ -412,8 +534,10 @@ double push_tangent(const E* slope, const E* z_dot, E* y_dot, int64_t n) {
 template <class S>
 void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t split) {
   using E = typename ComputeOf<S>::type;
-  const ChunkFunctions<E> functions = chunk_functions<E>(a.function);
-  const TileParameters<E> parameters(a.function, nullptr, tile, a.columns);
+  const ChannelOrder order{a.columns};
+  const ChunkFunctions<E> functions = chunk_functions<E>(a.function, order);
+  const TileColumns columns(order, tile, a.function.per_channel);
+  const TileParameters<E> parameters(a.function, RowSq{}, tile, columns);
   Buffer<E> z_buffer, y_buffer, slope_buffer, z_dot_buffer, y_dot_buffer;
   std::array<double, kMaxTangentsAtOnce> norms;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
@@ -422,9 +546,10 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
       const int64_t last = std::min(first + kMaxTangentsAtOnce, a.tangents);
       norms.fill(0);
       for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
-        const int64_t n = std::min(kChunk<E>, tile.column_end - column);
+        const Piece piece = columns.piece<E>(column);
+        const int64_t n = piece.n;
         S* y = at<S>(a.y, row, column);
-        functions.value_and_norm({parameters.coefficients(column), parameters.stride(),
+        functions.value_and_norm({parameters.coefficients(piece), parameters.stride(),
                                   read(at<S>(a.z, row, column), n, z_buffer), target(y, y_buffer), slope_buffer.data,
                                   nullptr, n});
         if (first == 0) finish(y, n, y_buffer);
@@ -444,47 +569,78 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
 
 // ---- drivers: the backward --------------------------------------------------------------------------------------------
 
-// The sums that a backward tile keeps for the parameters: in the compute type for one chunk (shared coefficients) or for
-// kRowsPerSum rows (one sum for each channel), then in double.
+// The sums that a backward tile keeps for the parameters: in the compute type for one chunk (shared coefficients, or channels
+// outermost) or for kRowsPerSum rows or positions (one sum for each channel or column), then in double.
 template <class E>
 class ParameterSums {
  public:
-  ParameterSums(const FunctionSpec& function, const Tile& tile, int64_t columns, GradientSums sums)
-      : coefficients_(function.activation >= 0 ? 0 : function.degree + 1),
-        per_channel_(function.per_channel),
-        first_column_(tile.column_begin),
-        width_(tile.column_end - tile.column_begin),
-        columns_(columns),
-        sums_(sums) {
-    if (per_channel_) {
-      for (int k = 0; k < coefficients_; ++k) std::fill_n(recent_ + k * kSumsStride, width_, E(0));
-      for (int k = 0; sums_.coefficients && k < coefficients_; ++k) std::fill_n(total_of(k), width_, 0.0);
+  ParameterSums(const FunctionSpec& function, bool row_sq_per_channel, const ChannelOrder& order, const TileColumns& columns,
+                GradientSums sums)
+      : columns_(columns),
+        sums_(sums),
+        coefficients_(function.activation >= 0 ? 0 : function.degree + 1),
+        lanes_per_channel_(function.per_channel && columns.outermost()),
+        window_per_channel_(function.per_channel && !columns.outermost()),
+        row_sq_per_channel_(row_sq_per_channel),
+        stride_(skewed(columns.window())) {
+    const int64_t channels = columns.channels();
+    if (std::is_same_v<E, double> && order.positions > 1 && !columns.outermost()) {
+      lost_window_ = AlignedBuffer<double>((coefficients_ + 1) * channels);
+      std::fill_n(lost_window_.get(), (coefficients_ + 1) * channels, 0.0);
+    }
+    if (window_per_channel_) {
+      recent_window_ = AlignedBuffer<E>(coefficients_ * stride_);
+      std::fill_n(recent_window_.get(), coefficients_ * stride_, E(0));
     } else {
       std::fill_n(recent_, coefficients_ * kLanes<E>, E(0));
       std::fill_n(lanes_, coefficients_ * kLanes<E>, 0.0);
       std::fill_n(lost_, coefficients_ * kLanes<E>, 0.0);
     }
-    if (sums_.row_sq) {
-      std::fill_n(recent_row_sq_, width_, E(0));
-      std::fill_n(sums_.row_sq + first_column_, width_, 0.0);
+    if (sums_.coefficients && function.per_channel) {
+      if (order.positions > 1) {
+        std::fill_n(sums_.coefficients, coefficients_ * channels, 0.0);
+      } else {
+        for (int k = 0; k < coefficients_; ++k) std::fill_n(total_of(k) + columns.begin(), columns.width(), 0.0);
+      }
+    }
+    if (!sums_.row_sq) return;
+    const int64_t count = !row_sq_per_channel_   ? columns.width()
+                          : columns.outermost() ? kChunk<E>
+                                                 : columns.window();
+    recent_row_sq_ = AlignedBuffer<E>(count);
+    std::fill_n(recent_row_sq_.get(), count, E(0));
+    if (row_sq_per_channel_ && order.positions > 1) {
+      std::fill_n(sums_.row_sq, channels, 0.0);
+    } else {
+      std::fill_n(sums_.row_sq + columns.begin(), columns.width(), 0.0);
     }
   }
 
-  E* coefficients_at(int64_t column) { return recent_ + (per_channel_ ? column - first_column_ : 0); }
-  E* row_sq_at(int64_t column) { return sums_.row_sq ? recent_row_sq_ + (column - first_column_) : nullptr; }
+  // Where a chunk adds to the sums of its columns; coefficient k + 1 follows `stride` elements after coefficient k.
+  E* coefficients_at(const Piece& piece) { return window_per_channel_ ? recent_window_.get() + piece.offset : recent_; }
+  int64_t stride() const { return stride_; }
+  E* row_sq_at(const Piece& piece) {
+    if (!sums_.row_sq) return nullptr;
+    if (!row_sq_per_channel_) return recent_row_sq_.get() + (piece.column - columns_.begin());
+    return recent_row_sq_.get() + piece.offset;
+  }
 
-  void end_chunk(int64_t n) {
-    recent_elements_ += n;
-    if (!per_channel_ && recent_elements_ >= kChunk<E>) flush_lanes();
+  void end_piece(const Piece& piece) {
+    if (columns_.outermost()) return end_piece_of_channel(piece);
+    recent_elements_ += piece.n;
+    if (!window_per_channel_ && recent_elements_ >= kChunk<E>) flush_lanes();
+    const bool window_ends = piece.offset + piece.n == columns_.window() || piece.column + piece.n == columns_.end();
+    if (window_ends && ++recent_windows_ == kRowsPerSum) flush_window();
   }
 
   void end_row() {
-    if (++recent_rows_ == kRowsPerSum) flush_channels();
+    if (++recent_rows_ == kRowsPerSum) flush_columns();
   }
 
   void end_tile() {
-    flush_channels();
-    if (per_channel_ || !sums_.coefficients) return;
+    flush_window();
+    flush_columns();
+    if (window_per_channel_ || lanes_per_channel_ || !sums_.coefficients) return;
     flush_lanes();
     for (int k = 0; k < coefficients_; ++k) {
       double sum = 0;
@@ -494,48 +650,97 @@ class ParameterSums {
   }
 
  private:
-  double* total_of(int k) { return sums_.coefficients + k * columns_ + first_column_; }
+  // Kahan's sum: there are many chunks, and for float64 data a double is no wider than what it adds.
+  static void add_compensated(double& total, double& lost, double value) {
+    const double term = value - lost;
+    const double sum = total + term;
+    const double newly_lost = (sum - total) - term;
+    lost = newly_lost == newly_lost ? newly_lost : 0.0;  // an infinite sum has lost nothing
+    total = sum;
+  }
+
+  double* total_of(int k) { return sums_.coefficients + k * columns_.channels(); }
 
   void flush_lanes() {
     for (int64_t i = 0; i < coefficients_ * kLanes<E>; ++i) {
-      // Kahan's sum: there are many chunks, and for float64 data a double is no wider than what it adds.
-      const double term = static_cast<double>(recent_[i]) - lost_[i];
-      const double sum = lanes_[i] + term;
-      const double lost = (sum - lanes_[i]) - term;
-      lost_[i] = lost == lost ? lost : 0.0;  // an infinite sum has lost nothing
-      lanes_[i] = sum;
+      add_compensated(lanes_[i], lost_[i], static_cast<double>(recent_[i]));
     }
     std::fill_n(recent_, coefficients_ * kLanes<E>, E(0));
     recent_elements_ = 0;
   }
 
-  void flush_channels() {
-    recent_rows_ = 0;
-    if (per_channel_) {
+  // All of the piece's elements belong to one channel.
+  void end_piece_of_channel(const Piece& piece) {
+    if (lanes_per_channel_) {
       for (int k = 0; k < coefficients_; ++k) {
-        if (sums_.coefficients) add_to(total_of(k), recent_ + k * kSumsStride);
+        if (sums_.coefficients) total_of(k)[piece.channel] += sum_of_lanes<E>(load(recent_ + k * kLanes<E>, Whole{}));
+        store(recent_ + k * kLanes<E>, Vector<E>{}, Whole{});
       }
+    } else {
+      recent_elements_ += piece.n;
+      if (recent_elements_ >= kChunk<E>) flush_lanes();
     }
-    if (sums_.row_sq) add_to(sums_.row_sq + first_column_, recent_row_sq_);
+    if (sums_.row_sq && row_sq_per_channel_) {
+      E* recent = recent_row_sq_.get();
+      Vector<E> sum{};
+      for_each_vector<E>(0, piece.n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
+        sum += load(recent + j, extent);
+        store(recent + j, Vector<E>{}, extent);
+      });
+      sums_.row_sq[piece.channel] += sum_of_lanes<E>(sum);
+    }
   }
 
-  void add_to(double* total, E* recent) {
-    for (int64_t j = 0; j < width_; ++j) total[j] += static_cast<double>(recent[j]);
-    std::fill_n(recent, width_, E(0));
+  void flush_window() {
+    recent_windows_ = 0;
+    if (columns_.outermost()) return;
+    columns_.for_each_stretch([&](int64_t offset, int64_t channel, int64_t count) {
+      for (int k = 0; window_per_channel_ && sums_.coefficients && k < coefficients_; ++k) {
+        add_to(total_of(k) + channel, recent_window_.get() + k * stride_ + offset, count, lost_at(k, channel));
+      }
+      if (sums_.row_sq && row_sq_per_channel_) {
+        add_to(sums_.row_sq + channel, recent_row_sq_.get() + offset, count, lost_at(coefficients_, channel));
+      }
+    });
   }
 
-  const int coefficients_;
-  const bool per_channel_;
-  const int64_t first_column_;
-  const int64_t width_;
-  const int64_t columns_;
+  void flush_columns() {
+    recent_rows_ = 0;
+    if (sums_.row_sq && !row_sq_per_channel_) {
+      add_to(sums_.row_sq + columns_.begin(), recent_row_sq_.get(), columns_.width(), nullptr);
+    }
+  }
+
+  static void add_to(double* total, E* recent, int64_t count, double* lost) {
+    if (lost) {
+      for (int64_t j = 0; j < count; ++j) add_compensated(total[j], lost[j], static_cast<double>(recent[j]));
+    } else {
+      for (int64_t j = 0; j < count; ++j) total[j] += static_cast<double>(recent[j]);
+    }
+    std::fill_n(recent, count, E(0));
+  }
+
+  // What the totals of the window have lost: kept where they are no wider than what they add, and many positions add to them.
+  double* lost_at(int k, int64_t channel) {
+    return lost_window_ ? lost_window_.get() + k * columns_.channels() + channel : nullptr;
+  }
+
+  const TileColumns& columns_;
   const GradientSums sums_;
+  const int coefficients_;
+  const bool lanes_per_channel_;   // channels outermost: a channel's sums are those of its pieces
+  const bool window_per_channel_;  // channels innermost: a sum for each column of the window
+  const bool row_sq_per_channel_;
+  const int64_t stride_;
+  int64_t recent_windows_ = 0;
   int64_t recent_rows_ = 0;
   int64_t recent_elements_ = 0;
   alignas(64) double lanes_[(kMaxDegree + 1) * kLanes<E>];
   alignas(64) double lost_[(kMaxDegree + 1) * kLanes<E>];
-  alignas(64) E recent_[(kMaxDegree + 1) * kSumsStride];
-  alignas(64) E recent_row_sq_[kColumnsPerSum];
+  alignas(64) E recent_[(kMaxDegree + 1) * kLanes<E>];
+  AlignedBuffer<double> lost_window_;
+  AlignedBuffer<E> recent_window_;
+  AlignedBuffer<E> recent_row_sq_;
 };
 
 template <class S>
@@ -543,24 +748,29 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
   using E = typename ComputeOf<S>::type;
   const bool of_slope = a.grad_norm || a.grad_derivative.data;
   const Gradients gradients = !of_slope ? kOfValue : a.grad_y.data ? kOfBoth : kOfSlope;
-  const auto backward = chunk_functions<E>(a.function).backward[gradients];
-  const TileParameters<E> parameters(a.function, a.row_sq, tile, a.columns);
-  ParameterSums<E> sums(a.function, tile, a.columns, wanted);
+  const auto backward = chunk_functions<E>(a.function, a.order).backward[gradients];
+  const TileColumns columns(a.order, tile,
+                            a.function.per_channel || ((a.row_sq.data || wanted.row_sq) && a.row_sq.per_channel));
+  TileParameters<E> parameters(a.function, a.row_sq, tile, columns);
+  ParameterSums<E> sums(a.function, a.row_sq.per_channel, a.order, columns, wanted);
   Buffer<E> z_buffer, grad_y_buffer, grad_derivative_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     const E grad_norm = a.grad_norm ? static_cast<const E*>(a.grad_norm)[row] : E(0);
-    for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
-      const int64_t n = std::min(kChunk<E>, tile.column_end - column);
+    for (int64_t column = tile.column_begin; column < tile.column_end;) {
+      const Piece piece = columns.piece<E>(column);
+      const int64_t n = piece.n;
+      parameters.begin_piece(piece);
       const S* grad_y = at<S>(a.grad_y, row, column);
       const S* grad_derivative = at<S>(a.grad_derivative, row, column);
       S* grad_z = at<S>(a.grad_z, row, column);
-      backward({parameters.coefficients(column), parameters.stride(), read(at<S>(a.z, row, column), n, z_buffer),
+      backward({parameters.coefficients(piece), parameters.stride(), read(at<S>(a.z, row, column), n, z_buffer),
                 grad_y ? read(grad_y, n, grad_y_buffer) : nullptr,
                 grad_derivative ? read(grad_derivative, n, grad_derivative_buffer) : nullptr,
-                parameters.row_sq(column), a.grad_norm != nullptr, E(2) * grad_norm,
-                target(grad_z, grad_z_buffer), sums.coefficients_at(column), kSumsStride, sums.row_sq_at(column), n});
+                parameters.row_sq(piece), a.grad_norm != nullptr, E(2) * grad_norm,
+                target(grad_z, grad_z_buffer), sums.coefficients_at(piece), sums.stride(), sums.row_sq_at(piece), n});
       finish(grad_z, n, grad_z_buffer);
-      sums.end_chunk(n);
+      sums.end_piece(piece);
+      column += n;
     }
     sums.end_row();
   }
@@ -591,15 +801,18 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
   using E = typename ComputeOf<S>::type;
   const bool of_slope = a.tangents > 0 && (a.grad_y_dot.data || a.grad_norm);
   const Gradients gradients = !of_slope ? kOfValue : a.grad_y.data ? kOfBoth : kOfSlope;
-  const ChunkFunctions<E> functions = chunk_functions<E>(a.function);
-  const TileParameters<E> parameters(a.function, nullptr, tile, a.columns);
-  ParameterSums<E> sums(a.function, tile, a.columns, wanted);
+  const ChannelOrder order{a.columns};
+  const ChunkFunctions<E> functions = chunk_functions<E>(a.function, order);
+  const TileColumns columns(order, tile, a.function.per_channel);
+  const TileParameters<E> parameters(a.function, RowSq{}, tile, columns);
+  ParameterSums<E> sums(a.function, true, order, columns, wanted);
   Buffer<E> z_buffer, value_buffer, slope_buffer, z_dot_buffer, grad_y_dot_buffer, grad_z_dot_buffer;
   Buffer<E> grad_y_buffer, grad_slope_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     for (int64_t column = tile.column_begin; column < tile.column_end; column += kChunk<E>) {
-      const int64_t n = std::min(kChunk<E>, tile.column_end - column);
-      const E* coefficients = parameters.coefficients(column);
+      const Piece piece = columns.piece<E>(column);
+      const int64_t n = piece.n;
+      const E* coefficients = parameters.coefficients(piece);
       const E* z = read(at<S>(a.z, row, column), n, z_buffer);
       functions.value_and_norm({coefficients, parameters.stride(), z, value_buffer.data, slope_buffer.data, nullptr, n});
       std::fill_n(grad_slope_buffer.data, n, E(0));
@@ -622,10 +835,10 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
       S* grad_z = at<S>(a.grad_z, row, column);
       functions.backward[gradients]({coefficients, parameters.stride(), z, grad_y ? read(grad_y, n, grad_y_buffer) : nullptr,
                                      of_slope ? grad_slope_buffer.data : nullptr, nullptr, false, E(0),
-                                     target(grad_z, grad_z_buffer), sums.coefficients_at(column), kSumsStride, nullptr,
+                                     target(grad_z, grad_z_buffer), sums.coefficients_at(piece), sums.stride(), nullptr,
                                      n});
       finish(grad_z, n, grad_z_buffer);
-      sums.end_chunk(n);
+      sums.end_piece(piece);
     }
     sums.end_row();
   }

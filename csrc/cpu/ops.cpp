@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -37,6 +38,9 @@ constexpr int64_t kFewRows = 32;
 // Rows of a backward slab that keeps a sum for every channel: enough for the sums to be small beside the data.
 constexpr int64_t kRowsPerSlab = 64;
 constexpr int64_t kMaxSlabs = 64;
+// Columns and rows of a tile of images, which have long rows: what is the same for every image then stays in the cache.
+constexpr int64_t kColumnsPerImageTile = 8192;
+constexpr int64_t kImagesPerTile = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -198,8 +202,8 @@ void check_count(const char* name, const OptionalTensor& tensor, int64_t expecte
 // The scalar function, with its coefficients in the compute type.
 class Function {
  public:
-  Function(const Tensor& coeffs, const Tensor& z) : coefficients_(coeffs, compute_type_of(z)) {
-    const int64_t channels = z.size(z.dim() - 1);
+  Function(const Tensor& coeffs, const Tensor& z) : Function(coeffs, z, z.size(z.dim() - 1)) {}
+  Function(const Tensor& coeffs, const Tensor& z, int64_t channels) : coefficients_(coeffs, compute_type_of(z)) {
     STD_TORCH_CHECK(coeffs.dim() == 1 || (coeffs.dim() == 2 && coeffs.size(1) == channels),
                     "chainzrule_kernels: coeffs has the wrong shape");
     STD_TORCH_CHECK(coeffs.size(0) >= 2 && coeffs.size(0) <= 9, "chainzrule_kernels: the degree must lie between 1 and 8");
@@ -221,6 +225,13 @@ class Function {
 
 // ---- the forward: tiles of whole rows, or parts of rows where there are few -----------------------------------------
 
+// Whole positions where the channels are innermost, so that the parameters of a tile start with the first channel.
+int64_t columns_per_image_tile(const ChannelOrder& order) {
+  const int64_t columns = std::min(kColumnsPerImageTile, std::max<int64_t>(1, order.columns()));
+  if (order.outermost || order.channels == 0) return columns;
+  return std::max<int64_t>(1, columns / order.channels) * order.channels;
+}
+
 struct ForwardPlan {
   int64_t rows, columns, splits, split_width, rows_per_task, tasks;
 
@@ -228,6 +239,12 @@ struct ForwardPlan {
     splits = rows < kFewRows && columns > kColumnsPerSplit ? ceil_div(columns, kColumnsPerSplit) : 1;
     split_width = splits > 1 ? kColumnsPerSplit : columns;
     rows_per_task = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, split_width));
+    tasks = ceil_div(rows, rows_per_task) * splits;
+  }
+  // A row for each image.
+  ForwardPlan(int64_t rows, const ChannelOrder& order)
+      : rows(rows), columns(order.columns()), split_width(columns_per_image_tile(order)), rows_per_task(kImagesPerTile) {
+    splits = std::max<int64_t>(1, ceil_div(columns, split_width));
     tasks = ceil_div(rows, rows_per_task) * splits;
   }
 
@@ -262,6 +279,21 @@ void add_splits(const std::vector<double>& partials, int64_t splits, const Tenso
   }
 }
 
+// Runs the kernel on every tile and adds up the norms.
+void execute_dreg_forward(DregForward& a, const ForwardPlan& plan, const OptionalTensor& norm) {
+  a.splits = plan.splits;
+  std::vector<double> partials;
+  if (norm && plan.splits > 1) {
+    partials.resize(static_cast<size_t>(plan.rows * plan.splits));
+    a.norm_partials = partials.data();
+  } else if (norm) {
+    a.norm = norm->mutable_data_ptr();
+  }
+  const KernelTable& table = kernels();
+  plan.execute(1, [&](const Tile& tile, int64_t split) { table.dreg_forward(a, tile, split); });
+  if (!partials.empty()) add_splits(partials, plan.splits, *norm);
+}
+
 // Fills y, and where they are given norm and derivative.
 void run_dreg_forward(const Tensor& z, const Function& function, const OptionalTensor& row_sq, const Tensor& y,
                       const OptionalTensor& norm, const OptionalTensor& derivative) {
@@ -271,28 +303,17 @@ void run_dreg_forward(const Tensor& z, const Function& function, const OptionalT
   a.type = data_type_of(z);
   a.function = function.spec();
   a.z = z_rows.matrix();
-  a.row_sq = row_sq_values.data();
+  a.row_sq.data = row_sq_values.data();
   int64_t rows = rows_of(z);
-  a.columns = z.size(z.dim() - 1);
+  a.order.channels = z.size(z.dim() - 1);
   a.y = matrix_of(y);
-  if (!norm && !a.function.per_channel && a.z.row_stride == a.columns) {
+  if (!norm && !a.function.per_channel && a.z.row_stride == a.order.channels) {
     // Nothing depends on the rows: one long row.
-    a.columns *= rows;
+    a.order.channels *= rows;
     rows = 1;
   }
   if (derivative) a.derivative = matrix_of(*derivative);
-  const ForwardPlan plan(rows, a.columns);
-  a.splits = plan.splits;
-  std::vector<double> partials;
-  if (norm && plan.splits > 1) {
-    partials.resize(static_cast<size_t>(rows * plan.splits));
-    a.norm_partials = partials.data();
-  } else if (norm) {
-    a.norm = norm->mutable_data_ptr();
-  }
-  const KernelTable& table = kernels();
-  plan.execute(1, [&](const Tile& tile, int64_t split) { table.dreg_forward(a, tile, split); });
-  if (!partials.empty()) add_splits(partials, plan.splits, *norm);
+  execute_dreg_forward(a, ForwardPlan(rows, a.order.channels), norm);
 }
 
 std::tuple<Tensor, Tensor, Tensor> dreg_forward(const Tensor& z, const OptionalTensor& row_sq, const Function& function,
@@ -320,6 +341,13 @@ struct BackwardPlan {
     rows_per_slab = ceil_div(std::max(unit, ceil_div(rows, kMaxSlabs)), unit) * unit;
     slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
   }
+  // A row for each image.
+  BackwardPlan(int64_t rows, const ChannelOrder& order)
+      : rows(rows), columns(order.columns()), split_width(columns_per_image_tile(order)) {
+    splits = std::max<int64_t>(1, ceil_div(columns, split_width));
+    rows_per_slab = std::max(kImagesPerTile, ceil_div(rows, kMaxSlabs));
+    slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
+  }
 
   // Calls run(tile, slab, split) for each tile, in parallel.
   template <class Run>
@@ -341,52 +369,64 @@ struct BackwardPlan {
 // The sums of every slab and split, and the gradients of the parameters that they add up to.
 class PartialSums {
  public:
-  PartialSums(const BackwardPlan& plan, const FunctionSpec& function, bool wants_coefficients, bool wants_row_sq)
-      : plan_(plan), per_channel_(function.per_channel), coefficient_count_(function.degree + 1) {
+  PartialSums(const BackwardPlan& plan, const FunctionSpec& function, const ChannelOrder& order, bool row_sq_per_channel,
+              bool wants_coefficients, bool wants_row_sq)
+      : splits_(plan.splits) {
+    const int64_t coefficient_count = function.degree + 1;
+    const bool positions = order.positions > 1;
     if (wants_coefficients) {
-      // Shared coefficients: every split has sums of its own. Per channel: each split fills its columns.
-      coefficient_slabs_ = per_channel_ ? plan.slabs : plan.slabs * plan.splits;
-      coefficient_stride_ = per_channel_ ? coefficient_count_ * plan.columns : coefficient_count_;
-      coefficients_.reset(new double[static_cast<size_t>(coefficient_slabs_ * coefficient_stride_)]);
+      coefficients_ = {plan, !function.per_channel || positions,
+                       function.per_channel ? coefficient_count * order.channels : coefficient_count};
     }
-    if (wants_row_sq) row_sq_.reset(new double[static_cast<size_t>(plan.slabs * plan.columns)]);
+    if (wants_row_sq) {
+      row_sq_ = {plan, row_sq_per_channel && positions, row_sq_per_channel ? order.channels : order.columns()};
+    }
   }
 
   GradientSums of(int64_t slab, int64_t split) const {
-    const int64_t index = per_channel_ ? slab : slab * plan_.splits + split;
-    return {coefficients_ ? coefficients_.get() + index * coefficient_stride_ : nullptr,
-            row_sq_ ? row_sq_.get() + slab * plan_.columns : nullptr};
+    return {coefficients_.of(slab, split, splits_), row_sq_.of(slab, split, splits_)};
   }
 
-  Tensor coefficient_gradient(const Tensor& coeffs, const Tensor& z) const {
-    return added_up(coefficients_.get(), coefficient_slabs_, coefficient_stride_, coeffs, z);
-  }
-  Tensor row_sq_gradient(const Tensor& row_sq, const Tensor& z) const {
-    return added_up(row_sq_.get(), plan_.slabs, plan_.columns, row_sq, z);
-  }
+  Tensor coefficient_gradient(const Tensor& coeffs, const Tensor& z) const { return coefficients_.added_up(coeffs, z); }
+  Tensor row_sq_gradient(const Tensor& row_sq, const Tensor& z) const { return row_sq_.added_up(row_sq, z); }
 
  private:
-  // The gradient of `parameter`, in its shape and dtype.
-  static Tensor added_up(const double* from, int64_t slabs, int64_t n, const Tensor& parameter, const Tensor& z) {
-    const Tensor result = torch::stable::new_empty(parameter, sizes_of(parameter), compute_type_of(z));
-    void* to = result.mutable_data_ptr();
-    const KernelTable& table = kernels();
-    const DataType type = data_type_of(result);
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, slabs));
-    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-      table.sum_slabs(type, from, slabs, n, begin, end, to);
-    });
-    return result.scalar_type() == parameter.scalar_type() ? result
-                                                            : torch::stable::to(result, parameter.scalar_type());
-  }
+  // The sums for one parameter: of every split of every slab, or of every slab where each split fills its own columns.
+  struct Sums {
+    bool for_each_split = false;
+    int64_t count = 0;
+    int64_t parts = 0;
+    std::unique_ptr<double[]> data;
 
-  const BackwardPlan& plan_;
-  const bool per_channel_;
-  const int64_t coefficient_count_;
-  int64_t coefficient_slabs_ = 0;
-  int64_t coefficient_stride_ = 0;
-  std::unique_ptr<double[]> coefficients_;
-  std::unique_ptr<double[]> row_sq_;
+    Sums() = default;
+    Sums(const BackwardPlan& plan, bool for_each_split, int64_t count)
+        : for_each_split(for_each_split),
+          count(count),
+          parts(for_each_split ? plan.slabs * plan.splits : plan.slabs),
+          data(new double[static_cast<size_t>(parts * count)]) {}
+
+    double* of(int64_t slab, int64_t split, int64_t splits) const {
+      return data ? data.get() + (for_each_split ? slab * splits + split : slab) * count : nullptr;
+    }
+
+    // The gradient of `parameter`, in its shape and dtype.
+    Tensor added_up(const Tensor& parameter, const Tensor& z) const {
+      const Tensor result = torch::stable::new_empty(parameter, sizes_of(parameter), compute_type_of(z));
+      void* to = result.mutable_data_ptr();
+      const KernelTable& table = kernels();
+      const DataType type = data_type_of(result);
+      const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, parts));
+      torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+        table.sum_slabs(type, data.get(), parts, count, begin, end, to);
+      });
+      return result.scalar_type() == parameter.scalar_type() ? result
+                                                              : torch::stable::to(result, parameter.scalar_type());
+    }
+  };
+
+  const int64_t splits_;
+  Sums coefficients_;
+  Sums row_sq_;
 };
 
 struct Needs {
@@ -419,19 +459,162 @@ std::tuple<Tensor, Tensor, Tensor> dreg_backward(const Tensor& z, const Optional
   const Tensor grad_z = needs.z ? empty_like_contiguous(z) : nothing(z);
   DregBackward a{};
   a.type = data_type_of(z);
-  a.columns = z.size(z.dim() - 1);
+  a.order.channels = z.size(z.dim() - 1);
   a.function = function.spec();
   a.z = z_rows.matrix();
   a.grad_y = grad_y_rows.matrix();
   a.grad_derivative = grad_derivative_rows.matrix();
   a.grad_norm = grad_norm_values.data();
-  a.row_sq = row_sq_values.data();
+  a.row_sq.data = row_sq_values.data();
   if (needs.z) a.grad_z = matrix_of(grad_z);
-  const BackwardPlan plan(rows, a.columns, a.function.per_channel || needs.companion);
-  const PartialSums sums(plan, a.function, needs.coefficients, needs.companion);
+  const BackwardPlan plan(rows, a.order.channels, a.function.per_channel || needs.companion);
+  const PartialSums sums(plan, a.function, a.order, true, needs.coefficients, needs.companion);
   const KernelTable& table = kernels();
   plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) { table.dreg_backward(a, tile, sums.of(slab, split)); });
   return {grad_z, needs.companion ? sums.row_sq_gradient(*row_sq, z) : nothing(z),
+          needs.coefficients ? sums.coefficient_gradient(*coeffs, z) : nothing(z)};
+}
+
+// ---- feature maps: a row for each image ------------------------------------------------------------------------------
+
+Tensor with_dimension_moved(const Tensor& tensor, int64_t from, int64_t to) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(from),
+                                    torch::stable::detail::from(to)};
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::movedim", "int", stack.data(), TORCH_ABI_VERSION) == 0,
+                  "chainzrule_kernels: movedim failed");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// How feature maps (B, C, *spatial) lie in memory, and so how results lie: see ops/_feature_maps.py.
+class MapLayout {
+ public:
+  explicit MapLayout(const Tensor& z)
+      : innermost_(z.dim() > 2 && z.size(1) > 1 && z.stride(1) == 1 && !z.is_contiguous()) {
+    order_.channels = z.size(1);
+    for (int64_t i = 2; i < z.dim(); ++i) order_.positions *= z.size(i);
+    order_.outermost = !innermost_ && order_.positions > 1;
+  }
+
+  const ChannelOrder& order() const { return order_; }
+
+  // Maps or, with channel_dimension 0, a parameter (C, *spatial), with its dimensions in the order of memory; and back.
+  Tensor in_order_of_memory(const Tensor& tensor, int64_t channel_dimension = 1) const {
+    return innermost_ ? with_dimension_moved(tensor, channel_dimension, -1) : tensor;
+  }
+  Tensor in_order_of_schema(const Tensor& tensor, int64_t channel_dimension = 1) const {
+    return innermost_ ? with_dimension_moved(tensor, -1, channel_dimension) : tensor;
+  }
+
+ private:
+  const bool innermost_;
+  ChannelOrder order_;
+};
+
+// Feature maps in the order of memory as a matrix. They are used where they lie if each image is without gaps, and copied
+// otherwise.
+class Images {
+ public:
+  explicit Images(const Tensor& maps) : maps_(without_gaps(maps) ? maps : torch::stable::contiguous(maps)) {}
+  static Images of(const OptionalTensor& maps, const MapLayout& layout) {
+    return maps ? Images(layout.in_order_of_memory(*maps)) : Images();
+  }
+
+  ConstMatrix matrix() const {
+    if (!maps_) return {};
+    int64_t columns = 1;
+    for (int64_t i = 1; i < maps_->dim(); ++i) columns *= maps_->size(i);
+    return {maps_->const_data_ptr(), maps_->size(0) > 1 ? maps_->stride(0) : columns};
+  }
+
+ private:
+  Images() = default;
+  static bool without_gaps(const Tensor& t) {
+    int64_t expected = 1;
+    for (int64_t i = t.dim() - 1; i >= 1; --i) {
+      if (t.size(i) != 1 && t.stride(i) != expected) return false;
+      expected *= t.size(i);
+    }
+    return true;
+  }
+
+  OptionalTensor maps_;
+};
+
+void check_maps(const Tensor& z, const OptionalTensor& tap_sq) {
+  STD_TORCH_CHECK(z.dim() >= 2, "chainzrule_kernels: expected z of shape (B, C, *spatial)");
+  data_type_of(z);
+  if (!tap_sq) return;
+  auto expected = sizes_of(z);
+  expected.erase(expected.begin());
+  const auto sizes = sizes_of(*tap_sq);
+  STD_TORCH_CHECK(sizes == expected || (sizes.size() == 1 && sizes[0] == expected[0]),
+                  "chainzrule_kernels: tap_sq has the wrong shape");
+}
+
+Matrix image_matrix(const Tensor& maps, const ChannelOrder& order) { return {maps.mutable_data_ptr(), order.columns()}; }
+
+std::tuple<Tensor, Tensor> spatial_forward(const Tensor& z, const OptionalTensor& tap_sq, const Function& function) {
+  check_maps(z, tap_sq);
+  const MapLayout layout(z);
+  const Tensor z_in_memory = layout.in_order_of_memory(z);
+  const Images z_images(z_in_memory);
+  const Tensor y = empty_like_contiguous(z_in_memory);
+  const Tensor norm = torch::stable::new_empty(z, {z.size(0)}, compute_type_of(z));
+  const bool per_channel = !tap_sq || tap_sq->dim() == 1;
+  const Parameters tap_sq_values(
+      tap_sq ? OptionalTensor(per_channel ? *tap_sq : layout.in_order_of_memory(*tap_sq, 0)) : std::nullopt,
+      compute_type_of(z));
+  DregForward a{};
+  a.type = data_type_of(z);
+  a.order = layout.order();
+  a.function = function.spec();
+  a.z = z_images.matrix();
+  a.y = image_matrix(y, a.order);
+  a.row_sq = {tap_sq_values.data(), per_channel};
+  execute_dreg_forward(a, ForwardPlan(z.size(0), a.order), norm);
+  return {layout.in_order_of_schema(y), norm};
+}
+
+// Gradients of z, tap_sq and coeffs (empty where not wanted; coeffs is null for an activation).
+std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const OptionalTensor& tap_sq, const Function& function,
+                                                    const OptionalTensor& coeffs, const OptionalTensor& grad_y,
+                                                    const OptionalTensor& grad_norm, Needs needs) {
+  check_maps(z, tap_sq);
+  check_same_shape("grad_y", grad_y, z);
+  check_count("grad_jac_sq", grad_norm, z.size(0));
+  STD_TORCH_CHECK(tap_sq || !needs.companion, "chainzrule_kernels: there is no tap_sq to take a gradient of");
+  const MapLayout layout(z);
+  const Tensor z_in_memory = layout.in_order_of_memory(z);
+  if (!grad_y && !grad_norm) {
+    const auto [grad_z, grad_tap_sq, grad_coeffs] = zero_gradients(z_in_memory, tap_sq, coeffs, needs);
+    return {needs.z ? layout.in_order_of_schema(grad_z) : grad_z, grad_tap_sq, grad_coeffs};
+  }
+  const Images z_images(z_in_memory);
+  const Images grad_y_images = Images::of(grad_y, layout);
+  const bool per_channel = !tap_sq || tap_sq->dim() == 1;
+  OptionalTensor taps = tap_sq;
+  if (!per_channel) taps = layout.in_order_of_memory(*tap_sq, 0);
+  const Parameters tap_sq_values(taps, compute_type_of(z)), grad_norm_values(grad_norm, compute_type_of(z));
+  const Tensor grad_z = needs.z ? empty_like_contiguous(z_in_memory) : nothing(z);
+  DregBackward a{};
+  a.type = data_type_of(z);
+  a.order = layout.order();
+  a.function = function.spec();
+  a.z = z_images.matrix();
+  a.grad_y = grad_y_images.matrix();
+  a.grad_norm = grad_norm_values.data();
+  a.row_sq = {tap_sq_values.data(), per_channel};
+  if (needs.z) a.grad_z = image_matrix(grad_z, a.order);
+  const BackwardPlan plan(z.size(0), a.order);
+  const PartialSums sums(plan, a.function, a.order, per_channel, needs.coefficients, needs.companion);
+  const KernelTable& table = kernels();
+  plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) { table.dreg_backward(a, tile, sums.of(slab, split)); });
+  Tensor grad_tap_sq = nothing(z);
+  if (needs.companion) {
+    grad_tap_sq = sums.row_sq_gradient(*taps, z);
+    if (!per_channel) grad_tap_sq = torch::stable::contiguous(layout.in_order_of_schema(grad_tap_sq, 0));
+  }
+  return {needs.z ? layout.in_order_of_schema(grad_z) : grad_z, grad_tap_sq,
           needs.coefficients ? sums.coefficient_gradient(*coeffs, z) : nothing(z)};
 }
 
@@ -511,7 +694,7 @@ std::tuple<Tensor, Tensor, Tensor> tangent_backward(const Tensor& z, const Tenso
   if (needs.z) a.grad_z = matrix_of(grad_z);
   if (needs.companion) a.grad_z_dot = matrix_of(grad_z_dot);
   const BackwardPlan plan(a.rows, a.columns, a.function.per_channel);
-  const PartialSums sums(plan, a.function, needs.coefficients, false);
+  const PartialSums sums(plan, a.function, ChannelOrder{a.columns}, true, needs.coefficients, false);
   const KernelTable& table = kernels();
   plan.execute(1 + a.tangents, [&](const Tile& tile, int64_t slab, int64_t split) {
     table.tangent_backward(a, tile, sums.of(slab, split));
@@ -558,6 +741,31 @@ Two activation_dreg_backward(const Tensor& z, const OptionalTensor& row_sq, cons
   return {dz, drow_sq};
 }
 
+Two polynomial_spatial_dreg(const Tensor& z, const OptionalTensor& tap_sq, const Tensor& coeffs) {
+  check_maps(z, tap_sq);
+  return spatial_forward(z, tap_sq, Function(coeffs, z, z.size(1)));
+}
+
+Three polynomial_spatial_dreg_backward(const Tensor& z, const OptionalTensor& tap_sq, const Tensor& coeffs,
+                                       const OptionalTensor& grad_y, const OptionalTensor& grad_jac_sq, bool needs_z,
+                                       bool needs_tap_sq, bool needs_coeffs) {
+  check_maps(z, tap_sq);
+  return spatial_backward(z, tap_sq, Function(coeffs, z, z.size(1)), coeffs, grad_y, grad_jac_sq,
+                          {needs_z, needs_tap_sq, needs_coeffs});
+}
+
+Two activation_spatial_dreg(const Tensor& z, const OptionalTensor& tap_sq, const std::string& kind) {
+  return spatial_forward(z, tap_sq, Function(kind));
+}
+
+Two activation_spatial_dreg_backward(const Tensor& z, const OptionalTensor& tap_sq, const OptionalTensor& grad_y,
+                                     const OptionalTensor& grad_jac_sq, const std::string& kind, bool needs_z,
+                                     bool needs_tap_sq) {
+  const auto [dz, dtap_sq, dcoeffs] = spatial_backward(z, tap_sq, Function(kind), std::nullopt, grad_y, grad_jac_sq,
+                                                       {needs_z, needs_tap_sq, false});
+  return {dz, dtap_sq};
+}
+
 Three polynomial_tangent(const Tensor& z, const Tensor& z_dot, const Tensor& coeffs) {
   check_data(z);
   return tangent_forward(z, z_dot, Function(coeffs, z));
@@ -594,6 +802,10 @@ STABLE_TORCH_LIBRARY_IMPL(chainzrule_kernels, CPU, library) {
   library.impl("polynomial_dreg_backward", TORCH_BOX(&chainzrule::polynomial_dreg_backward));
   library.impl("activation_dreg", TORCH_BOX(&chainzrule::activation_dreg));
   library.impl("activation_dreg_backward", TORCH_BOX(&chainzrule::activation_dreg_backward));
+  library.impl("polynomial_spatial_dreg", TORCH_BOX(&chainzrule::polynomial_spatial_dreg));
+  library.impl("polynomial_spatial_dreg_backward", TORCH_BOX(&chainzrule::polynomial_spatial_dreg_backward));
+  library.impl("activation_spatial_dreg", TORCH_BOX(&chainzrule::activation_spatial_dreg));
+  library.impl("activation_spatial_dreg_backward", TORCH_BOX(&chainzrule::activation_spatial_dreg_backward));
   library.impl("polynomial_tangent", TORCH_BOX(&chainzrule::polynomial_tangent));
   library.impl("polynomial_tangent_backward", TORCH_BOX(&chainzrule::polynomial_tangent_backward));
   library.impl("activation_tangent", TORCH_BOX(&chainzrule::activation_tangent));

@@ -5,6 +5,14 @@
 
 namespace chainzrule::CHAINZRULE_TARGET {
 
+// One step of Horner's rule for p, and the same step differentiated for p'. The first coefficients begin without a step, as
+// value = c_D z + c_(D-1) and slope = c_D, because 0 * Inf is not 0.
+template <class Real, class Coefficient>
+CHAINZRULE_INLINE void horner_step(Real z, Coefficient coefficient, Real& value, Real& slope) {
+  slope = slope * z + value;
+  value = value * z + coefficient;
+}
+
 template <class Real, int Degree>
 struct Polynomial {
   static constexpr int kCoefficients = Degree + 1;
@@ -18,16 +26,14 @@ struct Polynomial {
   }
 
   CHAINZRULE_INLINE Jet<Real> jet(Real z) const {
-    // Horner's rule for p, and the same recurrence differentiated: p' and p''/2 ride along. Their first steps are written as
-    // assignments, because 0 * Inf is not 0.
+    // p''/2 rides along by the recurrence differentiated once more.
     Real value = coefficients[Degree] * z + coefficients[Degree - 1];
     Real slope = coefficients[Degree];
     Real half_curvature = Real{};
     unrolled<Degree - 1>([&](auto step) {
       constexpr int k = Degree - 2 - decltype(step)::value;
       half_curvature = k == Degree - 2 ? slope : half_curvature * z + slope;
-      slope = slope * z + value;
-      value = value * z + coefficients[k];
+      horner_step(z, coefficients[k], value, slope);
     });
     return {value, slope, half_curvature + half_curvature};
   }

@@ -14,16 +14,17 @@ from chainzrule_kernels.ops.activation_spatial_dreg import definition
 def activation_spatial_dreg(z: Tensor, kind: str, tap_sq: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""A fixed activation of feature maps and the layer Jacobian norm of each image, in one pass over ``z``.
 
-    ``y = f(z)`` and ``jac_sq_b = Σ_{c,h,w} f'(z_{b,c,h,w})² tap_sq_{c,h,w}``. For the layer ``y = f(conv(x, W) + b)``, with
-    ``tap_sq`` the sum of ``W_c²`` over the taps that fall inside the image at ``(h, w)``, that is the squared Frobenius norm
-    of the Jacobian of ``y`` with respect to ``x``, exactly, borders included (SPEC 2.4; DREG, arXiv 2606.23942).
+    ``y = f(z)`` and ``jac_sq_b = Σ_{c,h,w} f'(z_{b,c,h,w})² tap_sq_{c,h,w}``. For the layer ``y = f(conv(x, W) + b)``,
+    with ``tap_sq`` the sum of ``W_c²`` over the taps that fall inside the image at ``(h, w)``, that is the squared
+    Frobenius norm of the Jacobian of ``y`` with respect to ``x``, exactly, borders included (SPEC 2.4; DREG, arXiv
+    2606.23942).
 
     Args:
         z: ``(B, C, *spatial)`` with any number of spatial sizes, any strides; float32, float64, bfloat16 or float16.
         kind: ``"relu"``, ``"gelu"`` (the exact one, with erf), ``"gelu_tanh"``, ``"silu"``, ``"tanh"``, ``"sigmoid"``,
             ``"softplus"`` or ``"mish"``. The derivative of relu at 0 is 0, as in PyTorch.
-        tap_sq: the weight of each element in the norm: ``(C, *spatial)``, ``(C,)`` where it is the same at every position
-            (a convolution without padding), or None for 1 (the ``"activation"`` variant of DREG).
+        tap_sq: the weight of each element in the norm: ``(C, *spatial)``, ``(C,)`` where it is the same at every
+            position (a convolution without padding), or None for 1 (the ``"activation"`` variant of DREG).
 
     Returns:
         ``(y, jac_sq)``. ``y`` has the shape and dtype of ``z``, and its channels innermost in memory if ``z`` has
@@ -33,8 +34,8 @@ def activation_spatial_dreg(z: Tensor, kind: str, tap_sq: Tensor | None = None) 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
 
-    Arithmetic is in float32 (float64 for float64 ``z``). Differentiable any number of times in ``z`` and ``tap_sq``; only
-    ``z`` is saved for the backward.
+    Arithmetic is in float32 (float64 for float64 ``z``). Differentiable any number of times in ``z`` and ``tap_sq``;
+    only ``z`` is saved for the backward.
     """
     check(z, kind, tap_sq)
     if backends.choose("activation_spatial_dreg", z) == "reference":

@@ -14,16 +14,17 @@ from chainzrule_kernels.ops.polynomial_spatial_dreg import definition
 def polynomial_spatial_dreg(z: Tensor, coeffs: Tensor, tap_sq: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""A polynomial of feature maps and the layer Jacobian norm of each image, in one pass over ``z``.
 
-    ``y = p(z)`` and ``jac_sq_b = Σ_{c,h,w} p'(z_{b,c,h,w})² tap_sq_{c,h,w}``. For the layer ``y = p(conv(x, W) + b)``, with
-    ``tap_sq`` the sum of ``W_c²`` over the taps that fall inside the image at ``(h, w)``, that is the squared Frobenius norm
-    of the Jacobian of ``y`` with respect to ``x``, exactly, borders included (SPEC 2.4; DREG, arXiv 2606.23942).
+    ``y = p(z)`` and ``jac_sq_b = Σ_{c,h,w} p'(z_{b,c,h,w})² tap_sq_{c,h,w}``. For the layer ``y = p(conv(x, W) + b)``,
+    with ``tap_sq`` the sum of ``W_c²`` over the taps that fall inside the image at ``(h, w)``, that is the squared
+    Frobenius norm of the Jacobian of ``y`` with respect to ``x``, exactly, borders included (SPEC 2.4; DREG, arXiv
+    2606.23942).
 
     Args:
         z: ``(B, C, *spatial)`` with any number of spatial sizes, any strides; float32, float64, bfloat16 or float16.
         coeffs: ``(D+1,)``, shared by the channels, or ``(D+1, C)``, one polynomial for each; ascending powers,
             ``1 <= D <= 8``.
-        tap_sq: the weight of each element in the norm: ``(C, *spatial)``, ``(C,)`` where it is the same at every position
-            (a convolution without padding), or None for 1 (the ``"activation"`` variant of DREG).
+        tap_sq: the weight of each element in the norm: ``(C, *spatial)``, ``(C,)`` where it is the same at every
+            position (a convolution without padding), or None for 1 (the ``"activation"`` variant of DREG).
 
     Returns:
         ``(y, jac_sq)``. ``y`` has the shape and dtype of ``z``, and its channels innermost in memory if ``z`` has

@@ -1,0 +1,99 @@
+"""Loads the compiled CUDA module, or says why there is none, and puts its convolution in the operator's place for CUDA.
+
+The module holds one operator, ``chainzrule_kernels_cuda::polynomial_convolution`` (``csrc/cuda/ops.cpp``), for the
+calls that CUTLASS's main loop takes. The function here is what the package's operator runs on CUDA tensors: it asks
+PyTorch whether TF32 is allowed, and leaves to the definition what the kernel does not take.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The operators' schemas must stand before a compiled module adds kernels to them.
+import chainzrule_kernels.ops  # noqa: F401
+from chainzrule_kernels.ops import _convolution_rule as rule
+
+OPS = frozenset(("polynomial_conv1d", "polynomial_conv1d_dreg", "polynomial_conv2d", "polynomial_conv2d_dreg"))
+"""The public ops that the module serves."""
+
+cuda: ModuleType | None = None
+missing_because: str | None = None
+
+if os.environ.get("CHAINZRULE_KERNELS_NO_CUDA", "0") not in ("", "0"):
+    missing_because = "switched off by the environment variable CHAINZRULE_KERNELS_NO_CUDA"
+else:
+    try:
+        cuda = import_module("chainzrule_kernels._cuda")
+    except ModuleNotFoundError:
+        missing_because = (
+            "the compiled CUDA module is not installed (it is built where torch is a CUDA build and nvcc and the "
+            "CUTLASS headers are found)"
+        )
+    except ImportError as error:
+        missing_because = f"the compiled CUDA module is installed and does not load: {error}"
+
+
+def built_for(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a module compiled for ``architectures``, such as ``"8.0;9.0+PTX"``, runs on a device.
+
+    Machine code runs on its own major version from its minor version on, with a letter behind it on that very version;
+    PTX runs on everything that is newer.
+    """
+    for named in re.finditer(r"(\d+)\.(\d+)([af]?)(\+PTX)?", architectures):
+        version = (int(named[1]), int(named[2]))
+        if version == capability:
+            return True
+        if not named[3] and version < capability and (named[4] or version[0] == capability[0]):
+            return True
+    return False
+
+
+def device_properties(device: torch.device) -> tuple[int, int, int]:
+    """Compute capability, major and minor, and number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor, properties.multi_processor_count
+
+
+def cannot(x: Tensor, *call: Any) -> str | None:
+    """Why the compiled kernel cannot serve a convolution op; None when it can.
+
+    Args:
+        x: the op's first argument.
+        *call: its other arguments: ``weight, bias, coeffs, stride, padding, dilation, groups``. Without them the
+            question is only whether there is a kernel for the device.
+    """
+    if x.device.type != "cuda":
+        return f"it serves CUDA tensors, and this one is on {x.device}"
+    if cuda is None:
+        return missing_because
+    major, minor, _ = device_properties(x.device)
+    architectures = cuda.built_for()["architectures"]
+    if not built_for(architectures, (major, minor)):
+        return f"the compiled CUDA module is built for {architectures}, and {x.device} is {major}.{minor}"
+    return rule.cannot(_problem(x, *call)) if call else None
+
+
+def not_worthwhile(x: Tensor, *call: Any) -> str | None:
+    """Why the library and one fused pass are expected to be faster for a call that :func:`cannot` allows."""
+    major, minor, multiprocessors = device_properties(x.device)
+    return rule.not_worthwhile(_problem(x, *call), (major, minor), multiprocessors) if call else None
+
+
+def _problem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coeffs: Tensor,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> rule.Problem:
+    return rule.problem(x, weight, stride, padding, dilation, groups)
