@@ -49,6 +49,8 @@ class Operator:
         vjp: ``(inputs, needs, grads) -> one gradient or None for each tensor input``. ``grads`` holds None for an
             output that was not used.
         jvp: ``(inputs, tangents) -> one tangent for each output``. ``tangents`` holds None for a constant input.
+        saves: the positions of outputs that the derivatives need beside the inputs. The vjp and the jvp find them behind
+            the inputs, and a second derivative reaches them as gradients that arrive for these outputs.
         arrange: ``(inputs, output) -> output``: the same values laid out in memory as every kernel lays them out.
     """
 
@@ -60,13 +62,16 @@ class Operator:
         fake: Definition,
         vjp: Derivative,
         jvp: Tangent,
+        saves: Sequence[int] = (),
         arrange: Arrange = contiguous,
     ) -> None:
         library.define(schema)
         self.name = schema.split("(")[0]
         self.definition = definition
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        eager_function, self.transformable_function = _differentiable_functions(self.overload, definition, vjp, jvp)
+        eager_function, self.transformable_function = _differentiable_functions(
+            self.overload, definition, vjp, jvp, tuple(saves)
+        )
         # Function.apply adds only checks for torch.func transforms, which __call__ has made. They take microseconds.
         self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", _arranged(fake, arrange), lib=library)
@@ -108,7 +113,7 @@ def _nested_forward_mode() -> bool:
 
 
 def _differentiable_functions(
-    overload: Any, definition: Definition, vjp: Derivative, jvp: Tangent
+    overload: Any, definition: Definition, vjp: Derivative, jvp: Tangent, saves: tuple[int, ...]
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The operator as an autograd Function: once for eager calls, once for ``torch.func`` transforms.
 
@@ -121,32 +126,38 @@ def _differentiable_functions(
     no_constant_gradients = (None,) * (argument_count - tensor_count)
     single_output = len(overload._schema.returns) == 1
 
+    def everything_saved(ctx: Any) -> tuple[Any, ...]:
+        """The inputs, and behind them the outputs that were saved."""
+        saved = ctx.saved_tensors
+        return (*saved[:tensor_count], *ctx.constants, *saved[tensor_count:])
+
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             if all(grad is None for grad in grads):
                 return no_gradients
             needs = ctx.needs_input_grad[:tensor_count]
-            result = vjp((*ctx.saved_tensors, *ctx.constants), needs, grads)
+            result = vjp(everything_saved(ctx), needs, grads)
             return (*(grad if need else None for grad, need in zip(result, needs, strict=True)), *no_constant_gradients)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            result = tuple(jvp((*ctx.saved_tensors, *ctx.constants), tangents[:tensor_count]))
+            result = tuple(jvp(everything_saved(ctx), tangents[:tensor_count]))
             return result[0] if single_output else result
 
     class Eager(Differentiable):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            tensors = inputs[:tensor_count]
-            ctx.save_for_backward(*tensors)
-            if forward_ad._current_level >= 0:
-                ctx.save_for_forward(*tensors)
             ctx.constants = inputs[tensor_count:]
             # An output that was not used then arrives as None rather than as a tensor of zeros.
             ctx.set_materialize_grads(False)
             with torch._C._AutoDispatchBelowAutograd():
-                return overload(*inputs)
+                outputs = overload(*inputs)
+            tensors = (*inputs[:tensor_count], *(outputs[index] for index in saves))
+            ctx.save_for_backward(*tensors)
+            if forward_ad._current_level >= 0:
+                ctx.save_for_forward(*tensors)
+            return outputs
 
     class Transformable(Differentiable):
         @staticmethod
@@ -156,8 +167,9 @@ def _differentiable_functions(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:tensor_count])
-            ctx.save_for_forward(*inputs[:tensor_count])
+            tensors = (*inputs[:tensor_count], *(output[index] for index in saves))
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
             ctx.constants = inputs[tensor_count:]
             ctx.set_materialize_grads(False)
 
