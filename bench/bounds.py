@@ -154,7 +154,7 @@ BOUNDS: tuple[Bound, ...] = (
         _ratio("training step", "both", "double backward", "fused"),
     ),
     *_training_steps(
-        "GELU perceptron", "runs differ by as much; the fused gelu computes two exponentials, PyTorch's one"
+        "GELU perceptron", "runs differ by as much; the fused gelu computes two exponentials for each element"
     ),
     *_training_steps("transformer block"),
     *_training_steps(
