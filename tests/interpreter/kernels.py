@@ -213,7 +213,11 @@ def test_product_with_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, 
     y_exact, jac_sq_exact, z_exact = room.definition(*exact, True)
     # y comes from the sum in float32, not from the z that was stored: one rounding, not two.
     eps = {torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-45}[dtype]
-    for found, expected, rounding in ((y, y_exact, eps), (z, z_exact, eps), (jac_sq, jac_sq_exact, max(eps**2, 2.0**-20))):
+    for found, expected, rounding in (
+        (y, y_exact, eps),
+        (z, z_exact, eps),
+        (jac_sq, jac_sq_exact, max(eps**2, 2.0**-20)),
+    ):
         scale = expected.abs().max().item() if expected.numel() else 1.0
         torch.testing.assert_close(found.double(), expected, rtol=1.01 * rounding, atol=2.0**-20 * scale)
     again, jac_sq_again, no_z = room(*inputs, False)
