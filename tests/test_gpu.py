@@ -17,6 +17,9 @@ from shared import FULLEST, assert_bitwise, assert_same, differentiate, each, ea
 
 import chainzrule_kernels as ck
 from chainzrule_kernels import _native_cuda
+from chainzrule_kernels.ops import _linear_operator
+from chainzrule_kernels.ops.linear_activation_dreg.op import operator as linear_activation
+from chainzrule_kernels.ops.linear_polynomial_dreg.op import operator as linear_polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import operators as polynomial_dreg
 from chainzrule_kernels.testing.cases import Case
 
@@ -59,6 +62,50 @@ def test_r08_more_than_two_to_the_31_elements(columns: int) -> None:
     total = sum(block.sum(dtype=torch.float64) for block in blocks)
     magnitude = sum(block.abs().sum(dtype=torch.float64) for block in blocks)
     assert abs(dcoeffs[0].double() - total) <= 1e-6 * magnitude
+
+
+def test_r08_a_product_with_more_than_two_to_the_31_results() -> None:
+    columns, inner = 4096, 64
+    rows = (1 << 31) // columns + 3
+    needs_gigabytes(2 * 2 * rows * columns / 1e9 + 4)
+    x, weight = (torch.randn(size, inner, device="cuda", dtype=torch.bfloat16) / 8 for size in (rows, columns))
+    row_sq, coeffs = weight.float().square().sum(1), torch.tensor([0.5, 1.0, -0.25, 0.125], device="cuda")
+    y, jac_sq, z = linear_polynomial(x, weight, None, row_sq, coeffs, True)
+    for part in (slice(0, 200), slice(rows - 200, rows)):
+        alone = linear_polynomial.definition(x[part].double(), weight.double(), None, row_sq, coeffs, True)
+        assert_same([value[part].double() for value in (y, jac_sq, z)], alone, rtol=2e-2, atol=1e-2)
+
+
+# ---- the product with its epilogue -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["shared", "per channel", "mish"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (70, 200, 24), (300, 136, 512), (5000, 1000, 64), (3000, 4096, 256)], ids=str
+)
+def test_product_with_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, form: str) -> None:
+    rows, columns, inner = shape
+    x, weight = torch.randn(rows, inner, device="cuda"), torch.randn(columns, inner, device="cuda") / inner**0.5
+    x, weight, bias = x.to(dtype), weight.to(dtype), torch.randn(columns, device="cuda").to(dtype)
+    row_sq = weight.float().square().sum(1)
+    coeffs = 0.3 * torch.randn((4, columns) if form == "per channel" else (4,), device="cuda")
+    room, function = (linear_activation, "mish") if form == "mish" else (linear_polynomial, coeffs)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert _linear_operator.why_no_epilogue(x, weight, None if form == "mish" else coeffs, True) is None
+        found = room(x, weight, bias, row_sq, function, True)
+        assert_bitwise(room(x, weight, bias, row_sq, function, True), found)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    doubles = [
+        value.double() if isinstance(value, torch.Tensor) else value for value in (x, weight, bias, row_sq, function)
+    ]
+    # Products of TF32 have the ten bits of float16 behind the point.
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10
+    for one, other in zip(found, room.definition(*doubles, True), strict=True):
+        assert (one.double() - other).abs().max() <= 2 * rounding * other.abs().max()
 
 
 # ---- R9: the current stream, and CUDA graphs -------------------------------------------------------------------------
@@ -277,6 +324,17 @@ if ck._native_cuda.cuda is not None:
                     x = torch.randn(x_shape, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
                     weight = torch.randn(weight_shape, device="cuda", dtype=dtype)
                     ck.polynomial_conv2d_dreg(x, weight, None, torch.ones(4, weight_shape[0], device="cuda"), 1, 1)
+for rows, columns, inner in [(1, 8, 8), (70, 200, 24), (300, 136, 64)]:
+    x = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(columns, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y, jac_sq = ck.linear_polynomial_dreg(x, weight, None, torch.ones(4, device="cuda"))
+    (y.float().sum() + jac_sq.sum()).backward()
+for shape in [(2, 3, 5, 7), (3, 8, 4, 4)]:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        z = torch.randn(*shape, device="cuda").to(memory_format=layout).requires_grad_()
+        coeffs, tap_sq = torch.ones(4, shape[1], device="cuda"), torch.rand(shape[1:], device="cuda")
+        y, jac_sq = ck.polynomial_spatial_dreg(z, coeffs, tap_sq)
+        (y.sum() + jac_sq.sum()).backward()
 torch.cuda.synchronize()
 """
 
@@ -294,4 +352,6 @@ def test_compute_sanitizer(tool: str) -> None:
         text=True,
         check=False,
     )
+    if "Device not supported" in finished.stdout + finished.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]

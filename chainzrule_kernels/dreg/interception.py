@@ -52,14 +52,21 @@ class Interception:
         self.module = module
         self.forward_pass = forward_pass
         self._is_attached = True
+        # Of another interception of the same module: it goes on inside this one.
+        self._inner: Interception | None = module.__dict__.get("forward")
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
         # What an export would record are the fake tensors of its trace.
-        if not self._is_attached or torch.compiler.is_exporting():
+        if not self._is_attached or torch.compiler.is_exporting() or not self.is_needed:
             return self.original(*args, **kwargs)
         return self.forward(*args, **kwargs)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to do beside the module's own forward."""
+        return self.forward_pass.is_listening
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -73,6 +80,8 @@ class Interception:
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module's class."""
+        if self._inner is not None:
+            return self._inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +92,10 @@ class Interception:
         """Give the forward back. Whoever has wrapped it since still gets the module's own."""
         self._is_attached = False
         if self.module.__dict__.get("forward") is self:
-            del self.module.__dict__["forward"]
+            if self._inner is None:
+                del self.module.__dict__["forward"]
+            else:
+                self.module.forward = self._inner
 
 
 class MarkingLinear(Interception):

@@ -68,8 +68,8 @@ def _block_convolution(
 ) -> BlockConvolution:
     """The convolution of a block of samples, its result laid out as ``y`` is.
 
-    oneDNN arranges the weight anew at each call unless it is handed an arranged one; for a block of small images that costs
-    as much as the convolution. PyTorch has such a call for two spatial dimensions in float32.
+    oneDNN arranges the weight anew at each call unless it is handed an arranged one; for a block of small images that
+    costs as much as the convolution. PyTorch has such a call for two spatial dimensions in float32.
     """
     if not _onednn(weight):
         return lambda samples: _laid_out(convolved(samples, weight, bias, *where), channels_last)

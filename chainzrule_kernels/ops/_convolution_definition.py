@@ -35,8 +35,8 @@ def operator_arguments(
 ) -> OperatorArguments:
     """The arguments of a public convolution op as ``polynomial_convolution`` takes them, but for ``keep_s``.
 
-    ``x`` with a batch dimension and with the padding that differs between two sides; weight and bias in the dtype of the
-    convolution; the squared taps of the weight as it was given, not of a rounded copy.
+    ``x`` with a batch dimension and with the padding that differs between two sides; weight and bias in the dtype of
+    the convolution; the squared taps of the weight as it was given, not of a rounded copy.
     """
     dtype = dtype_of_convolution(x)
     where = geometry(weight.shape[2:], stride, padding, dilation)
@@ -64,8 +64,8 @@ def polynomial_convolution(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``s = conv(x, W) + b``, ``y = p(s)``, ``jac_sq = Σ_{o,h,w} p'(s)² tap_sq``.
 
-    ``y`` and ``jac_sq`` come from the sums in the compute dtype. ``s`` is returned rounded to the dtype of ``x``: what a
-    kernel keeps, and from which it takes its gradients. (PyTorch's gradients of this definition come from the sums.)
+    ``y`` and ``jac_sq`` come from the sums in the compute dtype. ``s`` is returned rounded to the dtype of ``x``: what
+    a kernel keeps, and from which it takes its gradients. (PyTorch's gradients of this definition come from the sums.)
     """
     *where, with_norm, keep_s = rest
     dtype = compute_dtype(x)

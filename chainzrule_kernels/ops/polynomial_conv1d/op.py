@@ -38,8 +38,8 @@ def polynomial_conv1d(
 
     Returns:
         ``y (B, K, L')``, without ``B`` if ``x`` has none, in the dtype of the convolution, which is that of ``x``, or
-        under autocast the autocast dtype. Its channels are innermost in memory (``torch.channels_last``) if those of
-        ``x`` or of ``weight`` are; otherwise it is contiguous.
+        under autocast the autocast dtype. Its channels are innermost in memory (``torch.channels_last``) if
+        those of ``x`` or of ``weight`` are; otherwise it is contiguous.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.

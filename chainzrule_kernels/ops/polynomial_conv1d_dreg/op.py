@@ -21,14 +21,14 @@ def polynomial_conv1d_dreg(
     r"""A convolution, a polynomial of its result, and the exact norm of the layer's Jacobian for each sample.
 
     ``s = conv(x, W) + b``, ``y = p(s)`` with ``p(s) = c0 + c1 s + … + cD s^D``, and for each sample
-    ``jac_sq = ‖∂y/∂x‖_F² = Σ_{o,h,w} p'(s_{o,h,w})² g_{o,h,w}``, with ``g_{o,h,w}`` the sum of ``W_o²`` over the taps that fall
-    inside the image: a tap on the padding does not depend on ``x`` (SPEC 2.4; PolyKervNets, arXiv 2312.15229; DREG,
-    arXiv 2606.23942).
+    ``jac_sq = ‖∂y/∂x‖_F² = Σ_{o,h,w} p'(s_{o,h,w})² g_{o,h,w}``, with ``g_{o,h,w}`` the sum of ``W_o²`` over the taps
+    that fall inside the image: a tap on the padding does not depend on ``x`` (SPEC 2.4; PolyKervNets, arXiv 2312.15229;
+    DREG, arXiv 2606.23942).
 
     Args:
         x: ``(B, C, L)`` or ``(C, L)``, any strides; float32, float64, bfloat16 or float16.
-        weight: ``(K, C / groups, *window)``, as in :func:`torch.nn.functional.conv1d`; used in the dtype of ``x``, its squares in
-            float32 or better.
+        weight: ``(K, C / groups, *window)``, as in :func:`torch.nn.functional.conv1d`; used in the dtype of ``x``,
+            its squares in float32 or better.
         bias: ``(K,)`` or None.
         coeffs: ``(D+1,)``, shared by the filters, or ``(D+1, K)``, one polynomial for each; ascending powers,
             ``1 <= D <= 8``.
@@ -40,9 +40,9 @@ def polynomial_conv1d_dreg(
 
     Returns:
         ``(y, jac_sq)``: ``y (B, K, L')`` in the dtype of the convolution, which is that of ``x``, or under autocast the
-        autocast dtype; ``jac_sq (B,)`` in float32, float64 for float64 ``x``. For ``x`` without a batch dimension neither
-        has one. Its channels are innermost in memory (``torch.channels_last``) if those of
-        ``x`` or of ``weight`` are; otherwise it is contiguous.
+        autocast dtype; ``jac_sq (B,)`` in float32, float64 for float64 ``x``. For ``x`` without a batch dimension
+        neither has one. The channels of ``y`` are innermost in memory (``torch.channels_last``) if those of ``x`` or of
+        ``weight`` are; otherwise it is contiguous.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.

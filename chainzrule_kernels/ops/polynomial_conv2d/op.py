@@ -31,15 +31,15 @@ def polynomial_conv2d(
         coeffs: ``(D+1,)``, shared by the filters, or ``(D+1, K)``, one polynomial for each; ascending powers,
             ``1 <= D <= 8``.
         stride: between windows, a number, or one for each dimension.
-        padding: zeros on both sides, a number, or one for each dimension; a pair ``(before, behind)`` for each dimension;
-            ``"same"`` or ``"valid"``.
+        padding: zeros on both sides, a number, or one for each dimension; a pair ``(before, behind)`` for each
+            dimension; ``"same"`` or ``"valid"``.
         dilation: between the taps of a window, a number, or one for each dimension.
         groups: in how many parts the channels of ``x`` and the filters are divided.
 
     Returns:
-        ``y (B, K, H', W')``, without ``B`` if ``x`` has none, in the dtype of the convolution, which is that of ``x``, or
-        under autocast the autocast dtype. Its channels are innermost in memory (``torch.channels_last``) if those of
-        ``x`` or of ``weight`` are; otherwise it is contiguous.
+        ``y (B, K, H', W')``, without ``B`` if ``x`` has none, in the dtype of the convolution, which is that of ``x``,
+        or under autocast the autocast dtype. Its channels are innermost in memory (``torch.channels_last``) if
+        those of ``x`` or of ``weight`` are; otherwise it is contiguous.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.

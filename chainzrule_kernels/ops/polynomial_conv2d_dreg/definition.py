@@ -18,5 +18,5 @@ def polynomial_conv2d_dreg(
     dilation: Numbers = 1,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The executable definition of :func:`chainzrule_kernels.polynomial_conv2d_dreg`: same arguments, shapes and dtypes."""
+    """The executable definition of :func:`chainzrule_kernels.polynomial_conv2d_dreg`: same arguments and dtypes."""
     return polynomial_conv(x, weight, bias, coeffs, stride, padding, dilation, groups, True)

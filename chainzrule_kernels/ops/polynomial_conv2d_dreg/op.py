@@ -21,28 +21,28 @@ def polynomial_conv2d_dreg(
     r"""A convolution, a polynomial of its result, and the exact norm of the layer's Jacobian for each sample.
 
     ``s = conv(x, W) + b``, ``y = p(s)`` with ``p(s) = c0 + c1 s + … + cD s^D``, and for each sample
-    ``jac_sq = ‖∂y/∂x‖_F² = Σ_{o,h,w} p'(s_{o,h,w})² g_{o,h,w}``, with ``g_{o,h,w}`` the sum of ``W_o²`` over the taps that fall
-    inside the image: a tap on the padding does not depend on ``x`` (SPEC 2.4; PolyKervNets, arXiv 2312.15229; DREG,
-    arXiv 2606.23942).
+    ``jac_sq = ‖∂y/∂x‖_F² = Σ_{o,h,w} p'(s_{o,h,w})² g_{o,h,w}``, with ``g_{o,h,w}`` the sum of ``W_o²`` over the taps
+    that fall inside the image: a tap on the padding does not depend on ``x`` (SPEC 2.4; PolyKervNets, arXiv 2312.15229;
+    DREG, arXiv 2606.23942).
 
     Args:
         x: ``(B, C, H, W)`` or ``(C, H, W)``, any strides; float32, float64, bfloat16 or float16.
-        weight: ``(K, C / groups, *window)``, as in :func:`torch.nn.functional.conv2d`; used in the dtype of ``x``, its squares in
-            float32 or better.
+        weight: ``(K, C / groups, *window)``, as in :func:`torch.nn.functional.conv2d`; used in the dtype of ``x``,
+            its squares in float32 or better.
         bias: ``(K,)`` or None.
         coeffs: ``(D+1,)``, shared by the filters, or ``(D+1, K)``, one polynomial for each; ascending powers,
             ``1 <= D <= 8``.
         stride: between windows, a number, or one for each dimension.
-        padding: zeros on both sides, a number, or one for each dimension; a pair ``(before, behind)`` for each dimension;
-            ``"same"`` or ``"valid"``.
+        padding: zeros on both sides, a number, or one for each dimension; a pair ``(before, behind)`` for each
+            dimension; ``"same"`` or ``"valid"``.
         dilation: between the taps of a window, a number, or one for each dimension.
         groups: in how many parts the channels of ``x`` and the filters are divided.
 
     Returns:
-        ``(y, jac_sq)``: ``y (B, K, H', W')`` in the dtype of the convolution, which is that of ``x``, or under autocast the
-        autocast dtype; ``jac_sq (B,)`` in float32, float64 for float64 ``x``. For ``x`` without a batch dimension neither
-        has one. Its channels are innermost in memory (``torch.channels_last``) if those of
-        ``x`` or of ``weight`` are; otherwise it is contiguous.
+        ``(y, jac_sq)``: ``y (B, K, H', W')`` in the dtype of the convolution, which is that of ``x``, or under autocast
+        the autocast dtype; ``jac_sq (B,)`` in float32, float64 for float64 ``x``. For ``x`` without a batch dimension
+        neither has one. The channels of ``y`` are innermost in memory (``torch.channels_last``) if those of ``x`` or of
+        ``weight`` are; otherwise it is contiguous.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
