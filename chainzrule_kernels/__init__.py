@@ -15,9 +15,14 @@ from chainzrule_kernels.ops.activation_tangent.op import activation_tangent
 from chainzrule_kernels.ops.linear_activation_dreg.op import linear_activation_dreg
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
+from chainzrule_kernels.ops.polynomial_conv1d.op import polynomial_conv1d
+from chainzrule_kernels.ops.polynomial_conv1d_dreg.op import polynomial_conv1d_dreg
+from chainzrule_kernels.ops.polynomial_conv2d.op import polynomial_conv2d
+from chainzrule_kernels.ops.polynomial_conv2d_dreg.op import polynomial_conv2d_dreg
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
+from chainzrule_kernels.polykervnet import from_polykervnet, polykervnet_report, to_polykervnet
 from chainzrule_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
@@ -36,11 +41,17 @@ __all__ = [
     "backend",
     "coefficients",
     "explain",
+    "from_polykervnet",
     "linear_activation_dreg",
     "linear_polynomial_dreg",
     "nn",
     "peak_volatility",
+    "polykervnet_report",
     "polynomial",
+    "polynomial_conv1d",
+    "polynomial_conv1d_dreg",
+    "polynomial_conv2d",
+    "polynomial_conv2d_dreg",
     "polynomial_dreg",
     "polynomial_spatial_dreg",
     "polynomial_tangent",
@@ -49,5 +60,6 @@ __all__ = [
     "schedules",
     "swap",
     "tail_ratio",
+    "to_polykervnet",
     "unswap",
 ]

@@ -124,6 +124,78 @@ def check_linear(x: Any, weight: Any, bias: Any) -> None:
         check_same_device("bias", bias, x, "x")
 
 
+def check_convolution(
+    dimensions: int, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> None:
+    """The arguments of a convolution with so many spatial dimensions, as in :func:`torch.nn.functional.conv2d`."""
+    sizes = ", ".join(["L"] if dimensions == 1 else ["H", "W"])
+    check_floating("x", x)
+    if x.dim() not in (dimensions + 1, dimensions + 2):
+        raise ValueError(f"x: expected shape (B, C, {sizes}) or (C, {sizes}), got {_shape(x)}")
+    channels, spatial = x.shape[-dimensions - 1], x.shape[-dimensions:]
+    _check_count("groups", groups, 1)
+    check_floating("weight", weight)
+    if channels % groups != 0:
+        raise ValueError(f"groups: expected a divisor of the {channels} channels of x, got {groups}")
+    if weight.dim() != dimensions + 2 or weight.shape[1] != channels // groups or 0 in weight.shape:
+        raise ValueError(
+            f"weight: expected shape (K, {channels // groups}, *window) with {dimensions} sizes of the window, none of "
+            f"them 0, for x of shape {_shape(x)} and groups={groups}, got {_shape(weight)}"
+        )
+    if weight.shape[0] % groups != 0:
+        raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} filters of weight, got {groups}")
+    check_same_device("weight", weight, x, "x")
+    if bias is not None:
+        check_floating("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {_shape(bias)}")
+        check_same_device("bias", bias, x, "x")
+    strides = _check_counts("stride", stride, dimensions, 1)
+    dilations = _check_counts("dilation", dilation, dimensions, 1)
+    pads = _check_padding(padding, dimensions, strides)
+    for axis, (size, taps) in enumerate(zip(spatial, weight.shape[2:], strict=True)):
+        reach = dilations[axis] * (taps - 1) + 1
+        padded = size + (reach - 1 if padding == "same" else sum(pads[axis]))
+        if padded < reach:
+            raise ValueError(
+                f"x: expected at least {reach} elements, padding included, in each spatial dimension for a window of "
+                f"{taps} taps and dilation {dilations[axis]}, got {padded} in {_shape(x)}"
+            )
+
+
+def _check_padding(padding: Any, dimensions: int, strides: list[int]) -> list[tuple[int, int]]:
+    """The padding before and behind each dimension; for ``"same"``, whatever."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding: expected a number, numbers, pairs, 'same' or 'valid', got {padding!r}")
+        if padding == "same" and any(stride != 1 for stride in strides):
+            raise ValueError(f"padding: expected numbers for a stride other than 1, got 'same' with stride {strides}")
+        return [(0, 0)] * dimensions
+    if isinstance(padding, (tuple, list)) and any(isinstance(entry, (tuple, list)) for entry in padding):
+        pairs = [_check_counts("padding", entry, 2, 0) for entry in padding]
+        if len(pairs) != dimensions:
+            raise ValueError(f"padding: expected {dimensions} pairs, got {len(pairs)}")
+        return [(low, high) for low, high in pairs]
+    return [(pad, pad) for pad in _check_counts("padding", padding, dimensions, 0)]
+
+
+def _check_counts(name: str, value: Any, count: int, least: int) -> list[int]:
+    """So many whole numbers, or one for all of them."""
+    if not isinstance(value, (tuple, list)):
+        return [_check_count(name, value, least)] * count
+    if len(value) != count:
+        raise ValueError(f"{name}: expected a number or {count} numbers, got {tuple(value)}")
+    return [_check_count(name, entry, least) for entry in value]
+
+
+def _check_count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+    return value
+
+
 def check_same_device(name: str, value: Tensor, other: Tensor, other_name: str = "z") -> None:
     """``value`` lies where ``other`` lies."""
     if value.device != other.device:

@@ -18,11 +18,16 @@ from torch import Tensor
 
 # The operators' schemas must stand before a compiled module adds kernels to them.
 import chainzrule_kernels.ops  # noqa: F401
+from chainzrule_kernels._registration import library
 from chainzrule_kernels.ops import _convolution_rule as rule
+from chainzrule_kernels.ops._convolution_operator import operator
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 OPS = frozenset(("polynomial_conv1d", "polynomial_conv1d_dreg", "polynomial_conv2d", "polynomial_conv2d_dreg"))
 """The public ops that the module serves."""
 
+DEVICE_TYPE = "cuda"
 cuda: ModuleType | None = None
 missing_because: str | None = None
 
@@ -69,7 +74,7 @@ def cannot(x: Tensor, *call: Any) -> str | None:
         *call: its other arguments: ``weight, bias, coeffs, stride, padding, dilation, groups``. Without them the
             question is only whether there is a kernel for the device.
     """
-    if x.device.type != "cuda":
+    if x.device.type != DEVICE_TYPE:
         return f"it serves CUDA tensors, and this one is on {x.device}"
     if cuda is None:
         return missing_because
@@ -97,3 +102,30 @@ def _problem(
     groups: int = 1,
 ) -> rule.Problem:
     return rule.problem(x, weight, stride, padding, dilation, groups)
+
+
+def polynomial_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coeffs: Tensor,
+    tap_sq: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    with_norm: bool,
+    keep_s: bool,
+) -> Three:
+    """The operator's kernel for CUDA tensors: the compiled one, or the definition for what that does not take."""
+    call = rule.problem(x, weight, stride, padding, dilation, groups)
+    if rule.cannot(call) is not None:
+        inputs = (x, weight, bias, coeffs, tap_sq, stride, padding, dilation, groups, with_norm, keep_s)
+        return operator.definition_as_kernel(*inputs)
+    compiled = torch.ops.chainzrule_kernels_cuda.polynomial_convolution.default
+    tf32 = call.arithmetic == "tfloat32"
+    return compiled(x, weight, bias, coeffs, tap_sq, stride, padding, dilation, with_norm, keep_s, tf32)
+
+
+if cuda is not None:
+    library.impl("polynomial_convolution", polynomial_convolution, "CUDA")

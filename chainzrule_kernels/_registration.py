@@ -49,8 +49,8 @@ class Operator:
         vjp: ``(inputs, needs, grads) -> one gradient or None for each tensor input``. ``grads`` holds None for an
             output that was not used.
         jvp: ``(inputs, tangents) -> one tangent for each output``. ``tangents`` holds None for a constant input.
-        saves: the positions of outputs that the derivatives need beside the inputs. The vjp and the jvp find them behind
-            the inputs, and a second derivative reaches them as gradients that arrive for these outputs.
+        saves: the positions of outputs that the derivatives need beside the inputs. The vjp and the jvp find them
+            behind the inputs, and a second derivative reaches them as gradients that arrive for these outputs.
         arrange: ``(inputs, output) -> output``: the same values laid out in memory as every kernel lays them out.
     """
 
@@ -97,6 +97,13 @@ class Operator:
             # A torch.func transform inside a compiled function: PyTorch then differentiates the definition.
             return self.definition_as_kernel(*inputs)
         return self.apply_eagerly(*inputs)
+
+
+def may_be_differentiated(*inputs: Any) -> bool:
+    """Whether a derivative of a call with these inputs may be asked for, in eager code or a compiled function."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    return torch._C._are_functorch_transforms_active() or _something_to_differentiate(inputs)
 
 
 def _something_to_differentiate(inputs: tuple[Any, ...]) -> bool:

@@ -44,7 +44,7 @@ _checked = False
 
 def serves(op: str) -> bool:
     """Whether the operator behind a public op has a Triton kernel. (The linear ops end in the pass of the others.)"""
-    return op.removeprefix("linear_") in _OPERATORS
+    return ("polynomial_spatial_dreg" if op.startswith("polynomial_conv") else op.removeprefix("linear_")) in _OPERATORS
 
 
 def load(module: str = "_dreg_triton") -> ModuleType:

@@ -344,7 +344,9 @@ def _ptx_accesses(ptx: str) -> Accesses:
         for parameter_index in origins.get(address[1], set()):
             accesses["load" if operation == "ld" else "store", parameter_index].append(width)
     # Into shared memory, asynchronously; a mask gives the bytes that are read, which are all or none.
-    for address, size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^\[]*\[[^\]]*\],\s*\[\s*(%rd\d+)[^\]]*\],\s*(\w+)", ptx):
+    for address, size in re.findall(
+        r"\bcp\.async\.c[ag]\.shared\.global[^\[]*\[[^\]]*\],\s*\[\s*(%rd\d+)[^\]]*\],\s*(\w+)", ptx
+    ):
         for parameter_index in origins.get(address, set()):
             accesses["load", parameter_index].append(int(size, 0))
     return accesses

@@ -10,6 +10,10 @@ from chainzrule_kernels.ops.activation_tangent.definition import activation_tang
 from chainzrule_kernels.ops.linear_activation_dreg.definition import linear_activation_dreg
 from chainzrule_kernels.ops.linear_polynomial_dreg.definition import linear_polynomial_dreg
 from chainzrule_kernels.ops.polynomial.definition import polynomial
+from chainzrule_kernels.ops.polynomial_conv1d.definition import polynomial_conv1d
+from chainzrule_kernels.ops.polynomial_conv1d_dreg.definition import polynomial_conv1d_dreg
+from chainzrule_kernels.ops.polynomial_conv2d.definition import polynomial_conv2d
+from chainzrule_kernels.ops.polynomial_conv2d_dreg.definition import polynomial_conv2d_dreg
 from chainzrule_kernels.ops.polynomial_dreg.definition import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.definition import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.definition import polynomial_tangent
@@ -21,6 +25,10 @@ __all__ = [
     "linear_activation_dreg",
     "linear_polynomial_dreg",
     "polynomial",
+    "polynomial_conv1d",
+    "polynomial_conv1d_dreg",
+    "polynomial_conv2d",
+    "polynomial_conv2d_dreg",
     "polynomial_dreg",
     "polynomial_spatial_dreg",
     "polynomial_tangent",

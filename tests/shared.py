@@ -32,8 +32,8 @@ def each_dtype(dtypes: Sequence[torch.dtype] = DTYPES) -> Callable[..., Any]:
 
 
 def is_linear(case: Case) -> bool:
-    """Whether the op contains a matrix product, which is the library's."""
-    return case.op.startswith("linear_")
+    """Whether the op contains a matrix product or a convolution, which is the library's."""
+    return case.op.startswith(("linear_", "polynomial_conv"))
 
 
 def sums_as_memory_lies(case: Case) -> bool:
@@ -110,6 +110,7 @@ class Recorder(TorchDispatchMode):
 
 
 def registered_operators() -> set[str]:
-    """The names of every operator that this package has registered."""
+    """The names of every operator that this package has registered, but for those that only its kernels call."""
     names = torch._C._dispatch_get_all_op_names()
-    return {name.removeprefix(f"{NAMESPACE}::") for name in names if name.startswith(f"{NAMESPACE}::")}
+    own = {name.removeprefix(f"{NAMESPACE}::") for name in names if name.startswith(f"{NAMESPACE}::")}
+    return {name for name in own if not name.startswith("_")}

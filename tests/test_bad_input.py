@@ -129,6 +129,65 @@ LINEAR = [
     Mistake("bias", "too short", lambda value: value[1:], ValueError, (f"({OUT},)", f"({OUT - 1},)")),
     _on_meta("bias"),
 ]
+GEOMETRY = [
+    *(
+        Mistake(name, words, make, error, says)
+        for name, least in (("stride", 1), ("dilation", 1))
+        for words, make, error, says in (
+            ("0", lambda value: 0, ValueError, (f"at least {least}", "got 0")),
+            ("a float", lambda value: 1.5, TypeError, ("whole number", "float")),
+            ("too many", lambda value: (1, 1, 1), ValueError, ("number", "(1, 1, 1)")),
+        )
+    ),
+    Mistake("padding", "negative", lambda value: -1, ValueError, ("at least 0", "-1")),
+    Mistake("padding", "a negative pair", lambda value: ((0, -1),), ValueError, ("at least 0", "-1")),
+    Mistake("padding", "a word", lambda value: "full", ValueError, ("'same'", "'full'")),
+    Mistake("padding", "a float", lambda value: 0.5, TypeError, ("whole number", "float")),
+    Mistake("padding", "pairs of three", lambda value: ((0, 1, 2),), ValueError, ("2 numbers", "(0, 1, 2)")),
+    Mistake("padding", "too many pairs", lambda value: ((0, 1),) * 3, ValueError, ("pairs", "3")),
+    Mistake("groups", "0", lambda value: 0, ValueError, ("at least 1", "got 0")),
+    Mistake("groups", "no divisor", lambda value: 2, ValueError, (f"divisor of the {CHANNELS} channels", "2")),
+    Mistake("groups", "True", lambda value: True, TypeError, ("whole number", "bool")),
+]
+
+
+def _convolution(sizes: int) -> list[Mistake]:
+    image = f"({BATCH}, {CHANNELS}, {'3' if sizes == 1 else '4, 3'})"
+    return [
+        *_every_tensor("x"),
+        Mistake("x", "0-d", lambda value: value.sum(), ValueError, ("(B, C, ", "got ()")),
+        Mistake("x", "a row", lambda value: value.flatten(), ValueError, ("(B, C, ", ",)")),
+        Mistake("x", "too small", lambda value: value[..., :0], ValueError, ("at least", "padding included", "0)")),
+        *_every_tensor("weight"),
+        Mistake("weight", "1-d", lambda value: value.flatten(), ValueError, (f"(K, {CHANNELS}, *window)", image)),
+        Mistake("weight", "of another x", lambda value: value[:, 1:], ValueError, (f"(K, {CHANNELS}, *window)", image)),
+        Mistake("weight", "without filters", lambda value: value[:0], ValueError, ("none of them 0", "(0, ")),
+        Mistake("weight", "without taps", lambda value: value[..., :0], ValueError, ("none of them 0", "0)")),
+        Mistake(
+            "weight", "transposed", lambda value: value.transpose(0, 1), ValueError, ("(K, ", f"({CHANNELS}, {OUT}")
+        ),
+        _on_meta("weight"),
+        *_every_tensor("bias"),
+        Mistake("bias", "2-d", lambda value: value[None], ValueError, (f"({OUT},)", f"(1, {OUT})")),
+        Mistake("bias", "too short", lambda value: value[1:], ValueError, (f"({OUT},)", f"({OUT - 1},)")),
+        _on_meta("bias"),
+        *_coeffs(OUT),
+        *GEOMETRY,
+    ]
+
+
+def test_same_padding_needs_stride_one() -> None:
+    x, weight, coeffs = torch.ones(1, 2, 6, 6), torch.ones(3, 2, 3, 3), torch.ones(4)
+    with pytest.raises(ValueError, match=r"^padding: expected numbers for a stride other than 1, got 'same'"):
+        ck.polynomial_conv2d(x, weight, None, coeffs, stride=2, padding="same")
+
+
+def test_groups_must_divide_the_filters() -> None:
+    x, weight, coeffs = torch.ones(1, 4, 6, 6), torch.ones(3, 2, 3, 3), torch.ones(4)
+    with pytest.raises(ValueError, match=r"^groups: expected a divisor of the 3 filters of weight, got 2"):
+        ck.polynomial_conv2d(x, weight, None, coeffs, groups=2)
+
+
 MISTAKES: dict[str, list[Mistake]] = {
     "polynomial": [*_data("z"), *_coeffs(CHANNELS)],
     "polynomial_dreg": [*_data("z"), *_coeffs(CHANNELS), *ROW_SQ],
@@ -137,6 +196,7 @@ MISTAKES: dict[str, list[Mistake]] = {
     "activation_spatial_dreg": [*_maps("z"), *KIND, *TAP_SQ],
     "polynomial_tangent": [*_data("z"), *Z_DOT, *_coeffs(CHANNELS)],
     "activation_tangent": [*_data("z"), *Z_DOT, *KIND],
+    **{f"polynomial_conv{sizes}d{words}": _convolution(sizes) for sizes in (1, 2) for words in ("", "_dreg")},
     "linear_polynomial_dreg": [*LINEAR, *_coeffs(OUT)],
     "linear_activation_dreg": [*LINEAR, *KIND],
 }

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from shared import (
     FULLEST,
     REPRESENTATIVE,
@@ -222,7 +221,7 @@ def test_r16_no_tangents(case: Case, device: str) -> None:
     assert_same(differentiate(case, tensors), differentiate(case.reference, tensors))
 
 
-@each([case for case in FULLEST if is_linear(case)])
+@each([case for case in FULLEST if case.op.startswith("linear_")])
 def test_r16_no_output_features(case: Case, device: str) -> None:
     tensors = case.arguments((3, 5), device=device)
     tensors["weight"], tensors["bias"] = tensors["weight"][:0], tensors["bias"][:0]
@@ -242,7 +241,8 @@ def test_r17_autocast(case: Case, dtype: torch.dtype, device: str) -> None:
     tensors = case.arguments((4, 8), device=device, requires_grad=True)
     with torch.autocast(device, dtype=dtype):
         results = case(tensors)
-        expected = F.linear(tensors["x"], tensors["weight"]).dtype if is_linear(case) else torch.float32
+        product = torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)
+        expected = product.dtype if is_linear(case) else torch.float32
     assert expected == (dtype if is_linear(case) else torch.float32)
     for name, result in zip(case.outputs, results, strict=True):
         assert result.dtype == (torch.float32 if name.endswith("_sq") else expected)

@@ -29,7 +29,10 @@ def _check(variant: Variant, arch: str, dtype: str) -> None:
     # Rows that are neither a whole number of vectors nor free of anything per channel go one element at a time.
     wide = 16 if variant.tile.vector > 1 else inspection.itemsize(dtype)
     assert found.load_bytes >= wide
-    assert found.store_bytes >= wide
+    # A product leaves the matrix cores of AMD with four elements of a row in a thread, and is stored like that.
+    assert found.store_bytes >= (
+        4 * inspection.itemsize(dtype) if arch == "gfx942" and "linear" in variant.kernel else wide
+    )
 
 
 # In groups, so that a process of pytest-xdist does not pay for a report of each.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from chainzrule_kernels import _distributed
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.functions.activations import Activation
+from chainzrule_kernels.functions.base import ScalarFunction
 from chainzrule_kernels.functions.polynomial import Polynomial
 from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
@@ -224,7 +225,7 @@ class LearnablePolynomial:
         self.coeffs = coeffs
 
     @property
-    def scalar(self) -> Polynomial:
+    def scalar(self) -> ScalarFunction:
         """The function of one number."""
         return Polynomial(self.coeffs)
 

@@ -15,10 +15,11 @@ decide:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from chainzrule_kernels.ops._convolution import Geometry, Numbers, Padding, dtype_of_convolution, geometry
 
 MAX_WINDOW = 32
 """Largest size of the window: the main loop keeps one bit for each of its rows and columns."""
@@ -92,9 +93,8 @@ class Problem:
         """Spatial sizes of ``y``."""
         if self.padding is None:
             raise ValueError("padding: expected the same on both sides")
-        reach = [step * (taps - 1) + 1 for taps, step in zip(self.window, self.dilation, strict=True)]
-        geometry = zip(self.size, reach, self.padding, self.stride, strict=True)
-        return tuple((size + 2 * pad - width) // stride + 1 for size, width, pad, stride in geometry)
+        where = Geometry(self.stride, tuple((size, size) for size in self.padding), self.dilation)
+        return tuple(where.out_size(self.size, self.window))
 
     @property
     def itemsize(self) -> int:
@@ -114,32 +114,34 @@ def tile_columns(filters: int) -> int:
 
 
 def problem(
-    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    x: Tensor, weight: Tensor, stride: Numbers = 1, padding: Padding = 0, dilation: Numbers = 1, groups: int = 1
 ) -> Problem:
     """What the rule needs to know of a call.
 
     Args:
         x: ``(B, C, *spatial)``, or without ``B``; one or two spatial dimensions, as ``weight`` has.
         weight: ``(K, C / groups, *window)``.
-        stride: a number, or one for each spatial dimension.
-        padding: likewise, ``"same"`` or ``"valid"``; or a pair for each dimension.
-        dilation: like ``stride``.
+        stride: as the public ops take it, and so the others.
+        padding: likewise.
+        dilation: likewise.
         groups: as in :func:`torch.nn.functional.conv2d`.
     """
     spatial = weight.dim() - 2
-    window, dilations = tuple(weight.shape[2:]), _each(dilation, spatial)
+    window = tuple(weight.shape[2:])
+    where = geometry(window, stride, padding, dilation)
+    uneven = any(before != after for before, after in where.padding)
     batched = x.dim() == weight.dim()
     return Problem(
-        arithmetic=arithmetic(x.dtype),
+        arithmetic=arithmetic(dtype_of_convolution(x)),
         batch=x.shape[0] if batched else 1,
         channels=x.shape[1 if batched else 0],
         filters=weight.shape[0],
         groups=groups,
         size=tuple(x.shape[-spatial:]),
         window=window,
-        padding=_paddings(padding, window, dilations),
-        stride=_each(stride, spatial),
-        dilation=dilations,
+        padding=None if uneven else tuple(before for before, _ in where.padding),
+        stride=where.stride,
+        dilation=where.dilation,
         channels_innermost=x.stride(-spatial - 1) == 1 and not x.is_contiguous(),
     )
 
@@ -238,28 +240,6 @@ def worthwhile_products(capability: Capability) -> int:
     """The most products ``C * window`` for each output with which fusing pays: 350 on Hopper."""
     itemsize = 2
     return int(itemsize * capability.operations_for_each_byte / (2 * (1 / capability.share - 1)))
-
-
-def _each(value: Any, spatial: int) -> tuple[int, ...]:
-    """A number for each spatial dimension."""
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * spatial if len(numbers) == 1 else numbers
-
-
-def _paddings(padding: Any, window: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The padding on each side, for each spatial dimension; None if it differs between the sides."""
-    if padding == "valid":
-        return (0,) * len(window)
-    if padding == "same":
-        total = [step * (taps - 1) for taps, step in zip(window, dilation, strict=True)]
-        return None if any(value % 2 for value in total) else tuple(value // 2 for value in total)
-    if isinstance(padding, int):
-        return (padding,) * len(window)
-    sides = [(value, value) if isinstance(value, int) else tuple(value) for value in padding]
-    if any(before != after for before, after in sides):
-        return None
-    numbers = tuple(before for before, _ in sides)
-    return numbers * len(window) if len(numbers) == 1 else numbers
 
 
 def _product(sizes: tuple[int, ...]) -> int:

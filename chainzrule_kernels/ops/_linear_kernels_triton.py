@@ -1,4 +1,4 @@
-r"""The Triton kernel of ``linear_polynomial_dreg`` and ``linear_activation_dreg``: everything in one product (SPEC 2.2).
+r"""The Triton kernel of ``linear_polynomial_dreg`` and ``linear_activation_dreg``: all of it in one product (SPEC 2.2).
 
 ``z = x Wᵀ + b`` is summed in float32 in registers; value, slope and norm are computed from that sum, before ``z`` is
 rounded for storage. Tiles and the choice between this and the library's product: :mod:`chainzrule_kernels.ops._launch`.
@@ -78,7 +78,7 @@ def linear_dreg_kernel(
     x_tile = x_pointer + (tl.minimum(row, rows - 1) * vectors * VECTOR)[:, None] + along[None, :]
     weight_tile = weight_pointer + (tl.minimum(channel, columns - 1) * vectors * VECTOR)[None, :] + along[:, None]
     z = tl.zeros((ROWS, COLUMNS), dtype=COMPUTE)
-    for step in range(0, tl.cdiv(inner, INNER)):
+    for step in range(tl.cdiv(inner, INNER)):
         # Constant over a vector, so that a vector stays one load.
         present = vector_start < tl.minimum(inner - step * INNER, INNER).to(tl.int32)
         x = tl.load(x_tile, mask=present[None, :], other=0.0)

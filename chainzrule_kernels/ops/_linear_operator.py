@@ -48,8 +48,8 @@ def why_no_epilogue(x: Tensor, weight: Tensor, coeffs: Tensor | None, keep_z: bo
     )
 
 
-def how(x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor | None, *rest: Tensor) -> str:
-    """In words, how the Triton kernels run a linear op on these arguments."""
+def how(x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor | None) -> str:
+    """How the Triton kernels run a linear op on these arguments, in words."""
     keep_z = keeps_z(x, weight, bias, coeffs)
     x, weight, _ = operands(x, weight, bias)
     reason = why_no_epilogue(x, weight, coeffs, keep_z)
@@ -98,7 +98,7 @@ def register_linear(name: str, *, has_coeffs: bool, dreg: OperatorPair) -> Opera
     def vjp(
         inputs: tuple[Any, ...], needs: tuple[bool, ...], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        x, weight, bias, row_sq, function, keep_z, saved_z = inputs
+        x, weight, _, row_sq, function, keep_z, saved_z = inputs
         z = kept(inputs, saved_z)
         of_map = any(needs[:3])
         kind = () if has_coeffs else (function,)
@@ -117,7 +117,7 @@ def register_linear(name: str, *, has_coeffs: bool, dreg: OperatorPair) -> Opera
         )
 
     def jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        x, weight, bias, row_sq, _, keep_z, saved_z = inputs
+        x, weight, _, row_sq, _, keep_z, saved_z = inputs
         z = kept(inputs, saved_z)
         x_dot, weight_dot, bias_dot, row_sq_dot = tangents[:4]
         z_dot = plus(
@@ -146,4 +146,5 @@ def register_linear(name: str, *, has_coeffs: bool, dreg: OperatorPair) -> Opera
         fake=fake,
         vjp=vjp,
         jvp=jvp,
+        saves=(2,),
     )

@@ -26,9 +26,9 @@ def _forward(
     shape = (*x.shape[:-1], weight.shape[0])
     empty = x.numel() == 0 or weight.numel() == 0
     if empty or why_no_epilogue(x, weight, coeffs, keep_z) is not None:
-        z = F.linear(x, weight, bias)
-        y, jac_sq, _ = _dreg_triton.dreg(z, row_sq, coeffs, kind, False)
-        return y, jac_sq, z if keep_z else nothing(z)
+        product = F.linear(x, weight, bias)
+        y, jac_sq, _ = _dreg_triton.dreg(product, row_sq, coeffs, kind, False)
+        return y, jac_sq, product if keep_z else nothing(x)
     y = x.new_empty(shape)
     z = torch.empty_like(y) if keep_z else None
     norm = x.new_empty(shape[:-1], dtype=compute_dtype(x))

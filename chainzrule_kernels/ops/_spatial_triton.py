@@ -29,7 +29,7 @@ class _Images:
         return self._ordered(maps, 1).flatten(1)
 
     def each(self, values: Tensor, first: int) -> Tensor:
-        """A parameter ``(…, C)`` or ``(…, C, *spatial)``, with the channels in dimension ``first``, for each element."""
+        """A parameter ``(…, C)`` or ``(…, C, *spatial)``, channels in dimension ``first``, for each element."""
         spatial = self.shape[2:]
         if values.dim() == first + 1:
             values = values.reshape(*values.shape, *(1 for _ in spatial)).expand(*values.shape, *spatial)

@@ -167,6 +167,10 @@ def _weights(shape: Shape, generator: torch.Generator) -> Tensor:
     return _normal(shape, generator) / math.sqrt(16 * max(1, shape[-1]))
 
 
+def _filters(shape: Shape, generator: torch.Generator) -> Tensor:
+    return _normal(shape, generator) / math.sqrt(16 * max(1, math.prod(shape[1:])))
+
+
 def _biases(shape: Shape, generator: torch.Generator) -> Tensor:
     return _normal(shape, generator) / 4
 
@@ -185,6 +189,44 @@ CHANNEL_TAP_SQ = TensorArgument("tap_sq", lambda data: _maps(data)[1:2], _square
 ROW_SQ = TensorArgument("row_sq", lambda z: (z[-1],), _squares)
 WEIGHT = TensorArgument("weight", lambda x: (x[-1] + EXTRA_FEATURES, x[-1]), _weights)
 BIAS = TensorArgument("bias", lambda x: (x[-1] + EXTRA_FEATURES,), _biases)
+
+
+def _images(data: Shape, sizes: int) -> Shape:
+    """The shape ``(B, C, *spatial)`` of images with so many spatial sizes, none of them and not C being 0."""
+    small = (4, 3)[-sizes:]
+    if len(data) < 2 + sizes:
+        data = _maps(data)
+        data = (*data, *small[len(data) - 2 :])
+    batch = math.prod(data[: -1 - sizes])
+    return (batch, *(max(1, size) for size in data[-1 - sizes :]))
+
+
+def _grouped_images(data: Shape, sizes: int) -> Shape:
+    """The same with an even number of channels, for two groups."""
+    batch, channels, *spatial = _images(data, sizes)
+    return (batch, channels + channels % 2, *spatial)
+
+
+WINDOW = (3, 2)  # another number of taps in each dimension, so that a mix-up of the two shows
+
+
+def _convolution_arguments(
+    images: Callable[[Shape, int], Shape], sizes: int, groups: int
+) -> tuple[TensorArgument, ...]:
+    """``x``, ``weight`` and ``bias`` of a convolution with so many spatial sizes."""
+
+    def filters(data: Shape) -> int:
+        return images(data, sizes)[1] + EXTRA_FEATURES
+
+    return (
+        TensorArgument("x", lambda data: images(data, sizes), _uniform, is_data=True),
+        TensorArgument(
+            "weight",
+            lambda data: (filters(data), images(data, sizes)[1] // groups, *WINDOW[:sizes]),
+            _filters,
+        ),
+        TensorArgument("bias", lambda data: (filters(data),), _biases),
+    )
 
 
 def _coeffs(degree: int, channels: Callable[[Shape], int] | None) -> TensorArgument:
@@ -253,6 +295,22 @@ def _plain_linear_dreg(arguments: Arguments) -> tuple[Tensor, ...]:
     bias = arguments["bias"]
     z = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return _plain_dreg({**arguments, "z": z, "row_sq": weight.square().sum(1)})
+
+
+def _plain_conv(arguments: Arguments) -> tuple[Tensor, ...]:
+    x = arguments["x"]
+    weight = arguments["weight"].to(x.dtype)
+    bias = arguments["bias"]
+    convolve = F.conv1d if weight.dim() == 3 else F.conv2d
+    where = {name: arguments[name] for name in ("stride", "padding", "dilation")}
+    s = convolve(x, weight, None if bias is None else bias.to(x.dtype), groups=arguments["groups"], **where)
+    image = torch.ones_like(x[:1, :1])[0] if len(x) else x.new_ones(1, *x.shape[2:])
+    taps = convolve(image, weight.square().sum(1, keepdim=True), **where)
+    return _plain_spatial_dreg({"z": s, "coeffs": arguments["coeffs"], "tap_sq": taps})
+
+
+def _plain_conv_value(arguments: Arguments) -> tuple[Tensor, ...]:
+    return _plain_conv(arguments)[:1]
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------
@@ -410,6 +468,31 @@ def _linear_activation_dreg() -> list[Case]:
     ]
 
 
+def _convolutions(sizes: int, with_norm: bool) -> list[Case]:
+    """Every degree, shared and per channel, once; degree 3 with a bias and padding, and with groups and a stride."""
+    op = f"polynomial_conv{sizes}d{'_dreg' if with_norm else ''}"
+    outputs = ("y", "jac_sq") if with_norm else ("y",)
+    plain = _plain_conv if with_norm else _plain_conv_value
+    cases = []
+    for form, degree, per_channel in _each_polynomial():
+        groups = 2 if per_channel else 1
+        images = _grouped_images if per_channel else _images
+        x, weight, bias = _convolution_arguments(images, sizes, groups)
+        filters = (lambda data, weight=weight: weight.shape(data)[0]) if per_channel else None
+        where = {
+            "stride": 2 if per_channel else 1,
+            "padding": (2, 1)[:sizes],
+            "dilation": 1 if per_channel else 2,
+            "groups": groups,
+        }
+        tensors = (x, weight, *(() if per_channel else (bias,)), _coeffs(degree, filters))
+        constants = {**where, "bias": None} if per_channel else where
+        words = f"{form}, groups" if per_channel else f"{form}, bias"
+        if degree == 3 or (with_norm and sizes == 2):
+            cases.append(Case(op, words, tensors, constants, outputs, plain, degree == 3))
+    return cases
+
+
 CASES: tuple[Case, ...] = (
     *_polynomial(),
     *_polynomial_dreg(),
@@ -418,6 +501,7 @@ CASES: tuple[Case, ...] = (
     *_activation_spatial_dreg(),
     *_polynomial_tangent(),
     *_activation_tangent(),
+    *(case for sizes in (1, 2) for with_norm in (False, True) for case in _convolutions(sizes, with_norm)),
     *_linear_polynomial_dreg(),
     *_linear_activation_dreg(),
 )

@@ -56,8 +56,10 @@ struct DregForward {
   ChannelOrder order;
   FunctionSpec function;
   ConstMatrix z;
+  bool z_is_wide = false;  // z has the compute type, whatever the type of the results
   Matrix y;
   Matrix derivative;
+  Matrix kept_z;  // a copy of z, in the type of the results
   RowSq row_sq;
   void* norm = nullptr;              // compute type, norm[row]: when a tile holds whole rows
   double* norm_partials = nullptr;   // norm_partials[row * splits + split]: when it does not

@@ -275,6 +275,15 @@ CHAINZRULE_INLINE void finish(S* to, int64_t n, const Buffer<E>& buffer) {
   }
 }
 
+template <class S, class E>
+CHAINZRULE_INLINE void write(const E* from, int64_t n, S* to) {
+  if constexpr (std::is_same_v<S, E>) {
+    std::copy_n(from, n, to);
+  } else {
+    for (int64_t j = 0; j < n; ++j) narrow(from[j], to[j]);
+  }
+}
+
 template <class S>
 struct ComputeOf {
   using type = float;
@@ -499,9 +508,11 @@ void dreg_forward_tile(const DregForward& a, const Tile& tile, int64_t split) {
       parameters.begin_piece(piece);
       S* y = at<S>(a.y, row, column);
       S* derivative = at<S>(a.derivative, row, column);
+      const E* z = a.z_is_wide ? at<E>(a.z, row, column) : read(at<S>(a.z, row, column), n, z_buffer);
+      if (S* kept = at<S>(a.kept_z, row, column)) write(z, n, kept);
       const ForwardChunk<E> chunk{parameters.coefficients(piece),
                                   parameters.stride(),
-                                  read(at<S>(a.z, row, column), n, z_buffer),
+                                  z,
                                   target(y, y_buffer),
                                   target(derivative, derivative_buffer),
                                   parameters.row_sq(piece),

@@ -79,10 +79,11 @@ Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0});
 
 // Asks for huge pages under a large fresh tensor. The allocator maps such a block anew for each tensor, and taking it page by
 // page costs several times as much as filling it. The advice ends with the mapping.
-void prefer_huge_pages(const Tensor& fresh, int64_t bytes) {
+void prefer_huge_pages(const Tensor& fresh) {
 #if defined(__linux__)
   constexpr int64_t kMappedAnew = int64_t{32} << 20;  // glibc's largest M_MMAP_THRESHOLD
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const int64_t bytes = fresh.numel() * static_cast<int64_t>(fresh.element_size());
   if (bytes < kMappedAnew) return;
   const auto data = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
   const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
@@ -91,13 +92,18 @@ void prefer_huge_pages(const Tensor& fresh, int64_t bytes) {
   if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)fresh;
-  (void)bytes;
 #endif
 }
 
 Tensor empty_like_contiguous(const Tensor& like) {
   Tensor result = torch::stable::new_empty(like, sizes_of(like));
-  prefer_huge_pages(result, result.numel() * static_cast<int64_t>(result.element_size()));
+  prefer_huge_pages(result);
+  return result;
+}
+
+Tensor empty_for_results(const Tensor& like, std::vector<int64_t> sizes) {
+  Tensor result = torch::stable::new_empty(like, sizes);
+  prefer_huge_pages(result);
   return result;
 }
 
@@ -553,26 +559,54 @@ void check_maps(const Tensor& z, const OptionalTensor& tap_sq) {
 
 Matrix image_matrix(const Tensor& maps, const ChannelOrder& order) { return {maps.mutable_data_ptr(), order.columns()}; }
 
-std::tuple<Tensor, Tensor> spatial_forward(const Tensor& z, const OptionalTensor& tap_sq, const Function& function) {
-  check_maps(z, tap_sq);
-  const MapLayout layout(z);
-  const Tensor z_in_memory = layout.in_order_of_memory(z);
-  const Images z_images(z_in_memory);
-  const Tensor y = empty_like_contiguous(z_in_memory);
-  const Tensor norm = torch::stable::new_empty(z, {z.size(0)}, compute_type_of(z));
+// Fills y, which lies in the order of memory, and where they are given norm and kept_z, which lies like y.
+void run_spatial_forward(const Tensor& z, const MapLayout& layout, const OptionalTensor& tap_sq, const Function& function,
+                         const Tensor& y, const OptionalTensor& norm, const OptionalTensor& kept_z) {
+  const Images z_images(layout.in_order_of_memory(z));
   const bool per_channel = !tap_sq || tap_sq->dim() == 1;
   const Parameters tap_sq_values(
       tap_sq ? OptionalTensor(per_channel ? *tap_sq : layout.in_order_of_memory(*tap_sq, 0)) : std::nullopt,
       compute_type_of(z));
   DregForward a{};
-  a.type = data_type_of(z);
+  a.type = data_type_of(y);
   a.order = layout.order();
   a.function = function.spec();
   a.z = z_images.matrix();
+  a.z_is_wide = z.scalar_type() == compute_type_of(z);
   a.y = image_matrix(y, a.order);
+  if (kept_z) a.kept_z = image_matrix(*kept_z, a.order);
   a.row_sq = {tap_sq_values.data(), per_channel};
   execute_dreg_forward(a, ForwardPlan(z.size(0), a.order), norm);
+}
+
+std::tuple<Tensor, Tensor> spatial_forward(const Tensor& z, const OptionalTensor& tap_sq, const Function& function) {
+  check_maps(z, tap_sq);
+  const MapLayout layout(z);
+  const Tensor y = empty_like_contiguous(layout.in_order_of_memory(z));
+  const Tensor norm = torch::stable::new_empty(z, {z.size(0)}, compute_type_of(z));
+  run_spatial_forward(z, layout, tap_sq, function, y, norm, std::nullopt);
   return {layout.in_order_of_schema(y), norm};
+}
+
+// What follows the convolution of a block of samples, while its sums are in the cache. `s` has the compute type; y and kept_s
+// lie as s does and may be narrower.
+void convolution_block(const Tensor& s, const OptionalTensor& tap_sq, const Tensor& coeffs, const Tensor& y,
+                       const OptionalTensor& jac_sq, const OptionalTensor& kept_s) {
+  check_maps(s, tap_sq);
+  STD_TORCH_CHECK(s.scalar_type() == compute_type_of(y) && sizes_of(s) == sizes_of(y),
+                  "chainzrule_kernels: y does not fit the block");
+  check_same_shape("kept_s", kept_s, y);
+  check_count("jac_sq", jac_sq, s.size(0));
+  STD_TORCH_CHECK(!jac_sq || (jac_sq->scalar_type() == s.scalar_type() && jac_sq->is_contiguous()),
+                  "chainzrule_kernels: jac_sq has the wrong dtype or strides");
+  const MapLayout layout(s);
+  const auto where_it_lies = [&](const Tensor& maps) {
+    const Tensor in_memory = layout.in_order_of_memory(maps);
+    STD_TORCH_CHECK(in_memory.is_contiguous(), "chainzrule_kernels: a result does not lie as the block does");
+    return in_memory;
+  };
+  run_spatial_forward(s, layout, tap_sq, Function(coeffs, s, s.size(1)), where_it_lies(y), jac_sq,
+                      kept_s ? OptionalTensor(where_it_lies(*kept_s)) : std::nullopt);
 }
 
 // Gradients of z, tap_sq and coeffs (empty where not wanted; coeffs is null for an activation).
@@ -806,6 +840,8 @@ STABLE_TORCH_LIBRARY_IMPL(chainzrule_kernels, CPU, library) {
   library.impl("polynomial_spatial_dreg_backward", TORCH_BOX(&chainzrule::polynomial_spatial_dreg_backward));
   library.impl("activation_spatial_dreg", TORCH_BOX(&chainzrule::activation_spatial_dreg));
   library.impl("activation_spatial_dreg_backward", TORCH_BOX(&chainzrule::activation_spatial_dreg_backward));
+  library.impl("_empty_for_results", TORCH_BOX(&chainzrule::empty_for_results));
+  library.impl("_polynomial_convolution_block", TORCH_BOX(&chainzrule::convolution_block));
   library.impl("polynomial_tangent", TORCH_BOX(&chainzrule::polynomial_tangent));
   library.impl("polynomial_tangent_backward", TORCH_BOX(&chainzrule::polynomial_tangent_backward));
   library.impl("activation_tangent", TORCH_BOX(&chainzrule::activation_tangent));

@@ -54,6 +54,7 @@ class PolynomialEpilogue {
     int degree = 0;
     bool per_channel = false;
     const float* tap_sq = nullptr;
+    int tap_sq_stride = 0;  // from position to position
     Element* y = nullptr;
     Element* s = nullptr;
     float* row_sums = nullptr;
@@ -111,7 +112,7 @@ class PolynomialEpilogue {
           Floats& taps = taps_[row_index * Walk::kColumnAccesses + access];
           taps.fill(params_.tap_sq ? 0.f : 1.f);
           if (params_.tap_sq && row < params_.rows && column < params_.columns) {
-            fetch(params_.tap_sq + int64_t{position} * params_.columns + column, taps);
+            fetch(params_.tap_sq + int64_t{position} * params_.tap_sq_stride + column, taps);
           }
         }
       }

@@ -20,7 +20,7 @@ from chainzrule_kernels.ops.polynomial_tangent.op import operators as polynomial
 from chainzrule_kernels.testing import CASES, LAYOUTS, Case, Layout, measure
 from chainzrule_kernels.testing.layouts import channels_innermost, contiguous
 
-# The linear ops add nothing but PyTorch's matrix product.
+# The linear ops have tests of their own below.
 OWN = [case for case in CASES if not case.op.startswith("linear_")]
 REPRESENTATIVE = [case for case in OWN if case.representative]
 BY_NAME = {case.name: case for case in CASES}
@@ -182,7 +182,7 @@ def test_images_keep_their_layout() -> None:
     assert y.stride() == z.stride() == dz.stride()
 
 
-# ---- the product with its epilogue -------------------------------------------------------------------------------------
+# ---- the product with its epilogue -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -213,13 +213,41 @@ def test_product_with_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, 
     y_exact, jac_sq_exact, z_exact = room.definition(*exact, True)
     # y comes from the sum in float32, not from the z that was stored: one rounding, not two.
     eps = {torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-45}[dtype]
-    for found, expected, rounding in ((y, y_exact, eps), (z, z_exact, eps), (jac_sq, jac_sq_exact, max(eps**2, 2.0**-20))):
+    for found, expected, rounding in (
+        (y, y_exact, eps),
+        (z, z_exact, eps),
+        (jac_sq, jac_sq_exact, max(eps**2, 2.0**-20)),
+    ):
         scale = expected.abs().max().item() if expected.numel() else 1.0
         torch.testing.assert_close(found.double(), expected, rtol=1.01 * rounding, atol=2.0**-20 * scale)
     again, jac_sq_again, no_z = room(*inputs, False)
     assert torch.equal(y, again)
     assert torch.equal(jac_sq, jac_sq_again)
     assert no_z.numel() == 0
+
+
+LINEAR = [case for case in CASES if case.op.startswith("linear_") and case.representative]
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+def test_linear_ops_by_the_product_of_the_library(case: Case) -> None:
+    check(case, Layout("small", (2, 3, 40), contiguous), torch.float32)
+
+
+@pytest.mark.usefixtures("in_epilogue")
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+def test_linear_ops_in_one_kernel(case: Case) -> None:
+    check(case, Layout("small", (2, 3, 40), contiguous), torch.float32)
+
+
+def test_explain_tells_which_of_the_two() -> None:
+    x, weight, coeffs = torch.ones(2, 64), torch.ones(8, 64), torch.ones(4)
+    in_float32 = ck.explain("linear_polynomial_dreg", x, weight, None, coeffs)
+    assert "without tensor cores" in str(in_float32)
+    in_half = ck.explain("linear_polynomial_dreg", x.half(), weight.half(), None, coeffs)
+    assert "one kernel" in str(in_half)
+    assert ck.explain("linear_activation_dreg", x.half(), weight.half(), None, "gelu").how == in_half.how
+    assert ck.explain("polynomial", x, coeffs).how is None
 
 
 # ---- gradients that did not arrive, results that are not wanted ------------------------------------------------------

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from chainzrule_kernels import _checks, backends
+from chainzrule_kernels.ops import _linear_operator
 from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
-from chainzrule_kernels.ops._linear_operator import keeps_z, operands, register_linear
 from chainzrule_kernels.ops.activation_dreg.op import operators as dreg_operators
 from chainzrule_kernels.ops.linear_activation_dreg import definition
 
@@ -44,8 +44,8 @@ def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind:
         return definition.linear_activation_dreg(x, weight, bias, kind)
     if chosen == "triton":
         row_sq = squared_row_norms(weight, x)
-        keep_z = keeps_z(x, weight, bias)
-        y, jac_sq, _ = operator(*operands(x, weight, bias), row_sq, kind, keep_z)
+        keep_z = _linear_operator.keeps_z(x, weight, bias)
+        y, jac_sq, _ = operator(*_linear_operator.operands(x, weight, bias), row_sq, kind, keep_z)
         return y, jac_sq
     z = linear_in_dtype_of_x(x, weight, bias)
     y, jac_sq, _ = dreg_operators.forward(z, squared_row_norms(weight, z), kind, False)
@@ -58,4 +58,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
     _checks.check_kind(kind)
 
 
-operator = register_linear("linear_activation_dreg", has_coeffs=False, dreg=dreg_operators)
+def how(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> str:
+    """How the Triton kernels would run the call, for :func:`chainzrule_kernels.explain`."""
+    return _linear_operator.how(x, weight, bias, None)
+
+
+operator = _linear_operator.register_linear("linear_activation_dreg", has_coeffs=False, dreg=dreg_operators)

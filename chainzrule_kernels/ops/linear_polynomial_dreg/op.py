@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from chainzrule_kernels import _checks, backends
+from chainzrule_kernels.ops import _linear_operator
 from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
-from chainzrule_kernels.ops._linear_operator import keeps_z, operands, register_linear
 from chainzrule_kernels.ops.linear_polynomial_dreg import definition
 from chainzrule_kernels.ops.polynomial_dreg.op import operators as dreg_operators
 
@@ -44,8 +44,8 @@ def linear_polynomial_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, coeff
         return definition.linear_polynomial_dreg(x, weight, bias, coeffs)
     if chosen == "triton":
         row_sq = squared_row_norms(weight, x)
-        keep_z = keeps_z(x, weight, bias, coeffs)
-        y, jac_sq, _ = operator(*operands(x, weight, bias), row_sq, coeffs, keep_z)
+        keep_z = _linear_operator.keeps_z(x, weight, bias, coeffs)
+        y, jac_sq, _ = operator(*_linear_operator.operands(x, weight, bias), row_sq, coeffs, keep_z)
         return y, jac_sq
     z = linear_in_dtype_of_x(x, weight, bias)
     y, jac_sq, _ = dreg_operators.forward(z, squared_row_norms(weight, z), coeffs, False)
@@ -58,4 +58,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor) -> Non
     _checks.check_coeffs(coeffs, x, channels=weight.shape[0])
 
 
-operator = register_linear("linear_polynomial_dreg", has_coeffs=True, dreg=dreg_operators)
+def how(x: Tensor, weight: Tensor, bias: Tensor | None, coeffs: Tensor) -> str:
+    """How the Triton kernels would run the call, for :func:`chainzrule_kernels.explain`."""
+    return _linear_operator.how(x, weight, bias, coeffs)
+
+
+operator = _linear_operator.register_linear("linear_polynomial_dreg", has_coeffs=True, dreg=dreg_operators)

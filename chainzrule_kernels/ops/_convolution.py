@@ -1,0 +1,129 @@
+"""The convolution in front of a polynomial: its arguments, and the squared weights that meet the image (SPEC 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chainzrule_kernels.functions import compute_dtype
+
+Numbers = int | Sequence[int]
+Padding = str | int | Sequence[int] | Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the windows of a convolution lie.
+
+    Attributes:
+        stride: between windows, one number for each spatial dimension; likewise everything below.
+        padding: zeros before and behind the image.
+        dilation: between the taps of a window.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def even_padding(self) -> list[int]:
+        """What is the same before and behind, which the libraries' convolutions take."""
+        return [min(pair) for pair in self.padding]
+
+    @property
+    def padded(self) -> bool:
+        """Whether some taps may fall outside the image."""
+        return any(size > 0 for pair in self.padding for size in pair)
+
+    def out_size(self, size: Sequence[int], window: Sequence[int]) -> list[int]:
+        """The spatial sizes of the result."""
+        geometry = zip(size, window, self.stride, self.padding, self.dilation, strict=True)
+        return [
+            (length + sum(pair) - step * (taps - 1) - 1) // stride + 1 for length, taps, stride, pair, step in geometry
+        ]
+
+
+def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation: Numbers) -> Geometry:
+    """The arguments of a convolution, in the one form that the rest of the package uses."""
+    dimensions = len(window)
+    strides, dilations = _for_each_dimension(stride, dimensions), _for_each_dimension(dilation, dimensions)
+    if padding == "valid":
+        padding = 0
+    if isinstance(padding, str):
+        reaches = [step * (taps - 1) for taps, step in zip(window, dilations, strict=True)]
+        pairs = [(reach // 2, reach - reach // 2) for reach in reaches]
+    elif isinstance(padding, int):
+        pairs = [(padding, padding)] * dimensions
+    else:
+        pairs = [(entry, entry) if isinstance(entry, int) else entry for entry in padding]
+    return Geometry(strides, tuple((low, high) for low, high in pairs), dilations)
+
+
+def _for_each_dimension(value: Numbers, dimensions: int) -> tuple[int, ...]:
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+
+
+def with_uneven_padding(x: Tensor, where: Geometry) -> Tensor:
+    """``x`` with the zeros that :attr:`Geometry.even_padding` leaves out."""
+    rest = [(low - even, high - even) for (low, high), even in zip(where.padding, where.even_padding, strict=True)]
+    if not any(low or high for low, high in rest):
+        return x
+    return F.pad(x, [size for pair in reversed(rest) for size in pair])
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *where: Any) -> Tensor:
+    """The library's convolution, in the dtype of ``x``; ``where`` is ``stride, padding, dilation, groups``."""
+    stride, padding, dilation, groups = where
+    none = [0] * len(stride)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, none, groups)
+
+
+def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
+    r"""For each element of the convolution's result the sum of ``W²`` over the taps that fall inside the image.
+
+    ``g_{o,p,q} = Σ_{i,j} a_{p,i} b_{q,j} Σ_c W_{o,c,i,j}²`` with ``a_{p,i} = 1`` where tap ``i`` of window ``p`` falls
+    inside the image and 0 where it falls on the padding, and ``b`` likewise for the other dimension.
+
+    Args:
+        weight: ``(K, C / groups, *window)``.
+        x: ``(B, C, *spatial)``, of which only shape, dtype and device count.
+        where: the windows.
+
+    Returns:
+        ``(K, *out)``, or ``(K,)`` where there is no padding: every tap is then inside. In the dtype in which an op on
+        ``x`` computes; differentiable in ``weight``.
+    """
+    weight = weight.to(compute_dtype(x))
+    sums = weight.square().sum(1)
+    if not where.padded:
+        return sums.flatten(1).sum(1)
+    window, size = weight.shape[2:], x.shape[2:]
+    for dimension, windows in enumerate(where.out_size(size, window)):
+        low, _ = where.padding[dimension]
+        begin = torch.arange(windows, device=x.device) * where.stride[dimension] - low
+        tap = torch.arange(window[dimension], device=x.device) * where.dilation[dimension]
+        place = begin + tap[:, None]
+        inside = (place >= 0) & (place < size[dimension])
+        # The first dimension behind K is the one whose taps are summed; its windows go to the end.
+        sums = sums.movedim(1, -1) @ inside.to(sums.dtype)
+    return sums
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would send float32 convolutions to half precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def dtype_of_convolution(x: Tensor) -> torch.dtype:
+    """That of ``x``; under autocast, as for PyTorch's convolutions, the autocast dtype."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
