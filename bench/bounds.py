@@ -80,14 +80,15 @@ def _memory(op: str) -> Callable[[Results], float | None]:
     return measured
 
 
-def _training_steps(network: str) -> tuple[Bound, ...]:
-    """The promises about a training step of one of ``bench.networks``."""
+def _training_steps(network: str, reason: str = "") -> tuple[Bound, ...]:
+    """The promises about a training step of one of ``bench.networks``; the reason is that of the first."""
     return (
         Bound(
             f"training step with DREG, {network}: time over the same step without",
             1.05,
             False,
             _ratio("training step", "both", "fused", "without DREG", network),
+            reason=reason,
         ),
         Bound(
             f"training step with DREG, {network}: faster than a double-backward Jacobian penalty",
@@ -167,9 +168,13 @@ BOUNDS: tuple[Bound, ...] = (
         True,
         _ratio("training step", "both", "double backward", "fused"),
     ),
-    *_training_steps("GELU perceptron"),
+    *_training_steps(
+        "GELU perceptron", "runs differ by as much; the fused gelu computes two exponentials for each element"
+    ),
     *_training_steps("transformer block"),
-    *_training_steps("convolutional"),
+    *_training_steps(
+        "convolutional", "PyTorch's relu keeps only its output, and the norm needs the feature map before it as well"
+    ),
     Bound(
         "polynomial_conv2d forward: time over F.conv2d alone, the worst layer",
         1.05,
