@@ -99,6 +99,21 @@ def _training_steps(network: str, reason: str = "") -> tuple[Bound, ...]:
     )
 
 
+def _worst_layer(stage: str, numerator: str, denominator: str, largest: bool) -> Callable[[Results], float | None]:
+    """A ratio of times of ``polynomial_conv2d`` at the layer where it is worst."""
+
+    def measured(results: Results) -> float | None:
+        layers = [
+            comparison.ratio(numerator, denominator)
+            for (op, _, a_stage), comparison in results.items()
+            if (op, a_stage) == ("polynomial_conv2d", stage)
+        ]
+        ratios = [ratio for ratio in layers if ratio is not None]
+        return (max(ratios) if largest else min(ratios)) if ratios else None
+
+    return measured
+
+
 BOUNDS: tuple[Bound, ...] = (
     Bound(
         "polynomial_dreg forward: a copy of the same bytes takes this part of its time",
@@ -159,6 +174,18 @@ BOUNDS: tuple[Bound, ...] = (
     *_training_steps("transformer block"),
     *_training_steps(
         "convolutional", "PyTorch's relu keeps only its output, and the norm needs the feature map before it as well"
+    ),
+    Bound(
+        "polynomial_conv2d forward: time over F.conv2d alone, the worst layer",
+        1.05,
+        False,
+        _worst_layer("forward", "fused", "F.conv2d", largest=True),
+    ),
+    Bound(
+        "polynomial_conv2d forward + backward: faster than the unfolded, the worst layer",
+        7,
+        True,
+        _worst_layer("both", "unfold", "fused", largest=False),
     ),
     Bound("polynomial call at 1x64: time over F.gelu", 10, False, _overhead("polynomial", "forward"), "us"),
     Bound("polynomial_dreg call at 1x64: time over F.gelu", 10, False, _overhead("polynomial_dreg", "forward"), "us"),
