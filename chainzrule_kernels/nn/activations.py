@@ -253,6 +253,10 @@ class _RectifiedPolynomial(LearnablePolynomial):
         value, *slopes = Polynomial(self.coeffs).derivatives(torch.relu(z), order)
         return value, *(slope * (z > 0) for slope in slopes)
 
+    def value(self, z: Tensor) -> Tensor:
+        """``y`` alone."""
+        return polynomial(torch.relu(z), self.coeffs)
+
     def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and ``jac_sq`` over the last dimension."""
         y, squares = self._squares(z)
