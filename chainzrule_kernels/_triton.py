@@ -43,8 +43,8 @@ _checked = False
 
 
 def serves(op: str) -> bool:
-    """Whether the operator behind a public op has a Triton kernel. (The linear ops end in the pass of the others.)"""
-    return ("polynomial_spatial_dreg" if op.startswith("polynomial_conv") else op.removeprefix("linear_")) in _OPERATORS
+    """Whether an operator behind a public op has a Triton kernel. (Convolutions end in that over feature maps.)"""
+    return ("polynomial_spatial_dreg" if op.startswith("polynomial_conv") else op) in _OPERATORS
 
 
 def load(module: str = "_dreg_triton") -> ModuleType:

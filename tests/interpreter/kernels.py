@@ -20,8 +20,8 @@ from chainzrule_kernels.ops.polynomial_tangent.op import operators as polynomial
 from chainzrule_kernels.testing import CASES, LAYOUTS, Case, Layout, measure
 from chainzrule_kernels.testing.layouts import channels_innermost, contiguous
 
-# The linear ops have tests of their own below.
-OWN = [case for case in CASES if not case.op.startswith("linear_")]
+# The linear ops have tests of their own below; convolutions are the library's, and end in the pass over feature maps.
+OWN = [case for case in CASES if not case.op.startswith(("linear_", "polynomial_conv"))]
 REPRESENTATIVE = [case for case in OWN if case.representative]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -173,6 +173,14 @@ def test_nothing_is_written_beyond_an_output(shape: tuple[int, ...], monkeypatch
 )
 def test_images(name: str, shape: tuple[int, ...], arrange: Any) -> None:
     check(BY_NAME[name], Layout("image", shape, arrange), torch.float32)
+
+
+def test_a_convolution_ends_in_the_pass_over_images() -> None:
+    x, weight, coeffs = torch.randn(2, 4, 6, 5), torch.randn(8, 4, 3, 3) / 6, torch.randn(4, 8)
+    found = ck.polynomial_conv2d_dreg(x, weight, None, coeffs, padding=1)
+    expected = ck.reference.polynomial_conv2d_dreg(x.double(), weight.double(), None, coeffs.double(), padding=1)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
 
 def test_images_keep_their_layout() -> None:
