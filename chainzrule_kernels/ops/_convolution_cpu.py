@@ -40,7 +40,7 @@ def polynomial_convolution(
     block = max(1, min(ELEMENTS_PER_BLOCK // per_sample, shape[0]))
     with without_autocast(x.device):
         convolve = _block_convolution(
-            x, weight.to(dtype), None if bias is None else bias.to(dtype), block, channels_last, *where
+            x, weight.to(dtype), None if bias is None else bias.to(dtype).contiguous(), block, channels_last, *where
         )
         coeffs = coeffs.to(dtype).contiguous()
         tap_sq = None if tap_sq is None else tap_sq.to(dtype)
