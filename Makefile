@@ -16,6 +16,9 @@ CPP_SOURCES := $(wildcard csrc/*/*)
 # Tests that run on a GPU, and those of the code that launches there; not every combination of everything.
 GPU_TESTS   ?= cuda-triton or test_gpu or test_triton_launch
 
+# Headers for the CUDA convolution. The package also asks for a CUDA toolkit in Python and more, which headers do not need.
+CUTLASS := nvidia-cutlass==4.2.0.0
+
 # With a compiler a build that fails is an error; without one the package goes on in plain PyTorch and says so.
 REQUIRE_NATIVE := $(if $(shell command -v $${CXX:-c++}),1,0)
 
@@ -33,9 +36,10 @@ bench: $(INSTALLED)
 	$(IN_VENV) -m pytest -q bench $(if $(QUICK),--quick)
 
 # Everything on a GPU in one go, in under ten minutes; the short table comes last. Where PyTorch is installed already:
-# make gpu IN_VENV=python3 INSTALLED=
+# make gpu IN_VENV=python3 INSTALLED=, with CHAINZRULE_KERNELS_CUTLASS_DIR if nvidia-cutlass is not installed.
 gpu: $(INSTALLED)
 	$(IN_VENV) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: PyTorch sees no GPU')"
+	$(IN_VENV) setup.py -q build_ext --inplace
 	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m chainzrule_kernels validate --quick --device cuda --backend triton
 	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m pytest -q -n 8 tests -k '$(GPU_TESTS)'
 	$(IN_VENV) -m bench.gpu
@@ -72,6 +76,7 @@ $(DEPENDABLE): constraints.txt
 	@echo "Installing torch and the other pinned packages into $(VENV)"
 	test -x $(IN_VENV) || $(PYTHON) -m venv $(VENV)
 	$(IN_VENV) -m pip install --quiet -r constraints.txt
+	$(IN_VENV) -m pip install --quiet --no-deps $(CUTLASS)
 	@touch $@
 
 $(LINKED): $(DEPENDABLE) pyproject.toml
@@ -81,6 +86,6 @@ $(LINKED): $(DEPENDABLE) pyproject.toml
 
 # In place and not by pip, which compiles every file anew when one has changed.
 $(INSTALLED): $(LINKED) setup.py $(CPP_SOURCES)
-	@echo "Compiling the native CPU module"
+	@echo "Compiling the native modules"
 	CHAINZRULE_KERNELS_REQUIRE_NATIVE=$(REQUIRE_NATIVE) $(IN_VENV) setup.py -q build_ext --inplace
 	@touch $@

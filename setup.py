@@ -263,10 +263,11 @@ class Wheel(bdist_wheel):
         super().run()
 
 
-try:
-    ext_modules, cmdclass = native_modules()
-except NativeBuildError as impossible:
-    without("CPU", str(impossible))
-    ext_modules, cmdclass = [], {}
+if __name__ == "__main__":
+    try:
+        ext_modules, cmdclass = native_modules()
+    except NativeBuildError as impossible:
+        without("CPU", str(impossible))
+        ext_modules, cmdclass = [], {}
 
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+    setup(ext_modules=ext_modules, cmdclass=cmdclass)

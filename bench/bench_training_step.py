@@ -1,4 +1,4 @@
-"""A training step of a ChainzRule net: with DREG, without, and with the penalty that DREG replaces."""
+"""A training step of several networks: with DREG, without, and with the penalties that DREG replaces."""
 
 from __future__ import annotations
 
@@ -7,45 +7,55 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import chainzrule_kernels as ck
 from bench import measure
+from bench.networks import CLASSES, NETWORKS, Example
 from bench.providers import Provider, disagreement
 from bench.workloads import Size
 
 STRENGTH = 10**-2.5
-CLASSES = 10
-# Gradients come through three layers here, so that rounding has more room to grow than in one op.
+# Gradients come through several layers here, so that rounding has more room to grow than in one op.
 TOLERANCE = 1e-3
 
-Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From the input, the output and the loss of each sample to a term of the loss."""
 
 
-def no_penalty(model: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+def no_penalty(x: Tensor, output: Tensor, losses: Tensor) -> Tensor:
     return output.new_zeros(())
 
 
-def double_backward(model: nn.Module, x: Tensor, output: Tensor, projection: Tensor) -> Tensor:
-    """``‖Jᵀ v‖²`` of the whole net for one projection ``v``, through ``create_graph`` (arXiv 1908.02729)."""
+def input_gradient(x: Tensor, output: Tensor, losses: Tensor) -> Tensor:
+    """The squared gradient of each sample's loss at its input."""
+    return STRENGTH * ck.regularisers.input_gradient_penalty(losses, x)
+
+
+def double_backward(x: Tensor, output: Tensor, losses: Tensor, projection: Tensor) -> Tensor:
+    """``‖Jᵀ v‖²`` of the whole net for one projection ``v``, through ``create_graph`` (arXiv 1908.02729).
+
+    As :func:`chainzrule_kernels.regularisers.projected_jacobian_penalty`, with a ``v`` that is the same in float64.
+    """
     (along,) = torch.autograd.grad(output, x, projection.to(output), create_graph=True)
-    return STRENGTH * along.square().sum(-1).mean()
+    return STRENGTH * along.flatten(1).square().sum(-1).mean()
 
 
 class Step:
     """Forward, backward and optimiser of a net of its own."""
 
-    def __init__(self, model: nn.Module, data: tuple[Tensor, Tensor], penalty: Penalty | None) -> None:
+    def __init__(self, example: Example, penalty: Penalty | None) -> None:
         """``penalty`` None is DREG."""
+        model, x, self.target = example
         self.model = copy.deepcopy(model)
-        self.x, self.target = data
-        self.x = self.x.detach().requires_grad_(isinstance(penalty, partial))
+        self.x = x.detach().requires_grad_(penalty not in (None, no_penalty))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
         if penalty is None:
             regulariser = ck.DREG(self.model, strength=STRENGTH)
-            self.penalty: Penalty = lambda model, x, output: regulariser.penalty()
+            self.penalty: Penalty = lambda x, output, losses: regulariser.penalty()
         else:
             self.penalty = penalty
 
@@ -53,44 +63,58 @@ class Step:
         """One step; returns the loss and the gradients."""
         self.optimizer.zero_grad()
         output = self.model(self.x)
-        loss = F.cross_entropy(output, self.target) + self.penalty(self.model, self.x, output)
+        losses = F.cross_entropy(output, self.target, reduction="none")
+        loss = losses.mean() + self.penalty(self.x, output, losses)
         loss.backward()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         self.optimizer.step()
         return [loss.detach(), *gradients]
 
 
-def _net(size: Size) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def example_and_penalties(network: str, size: Size) -> tuple[Example, dict[str, Penalty | None]]:
     torch.manual_seed(0)
-    model = ck.nn.ChainzRuleNet((size.channels // 4, size.channels, size.channels, CLASSES), per_channel=True)
-    x = torch.randn(size.rows, size.channels // 4)
-    return model, (x, torch.randint(CLASSES, (size.rows,)))
-
-
-def test_training_step(compare: Callable[..., None], main_size: Size) -> None:
-    model, (x, target) = _net(main_size)
+    model, x, target = NETWORKS[network](size)
+    projection = F.normalize(torch.randn(len(x), CLASSES), dim=-1)
     penalties: dict[str, Penalty | None] = {
         "without DREG": no_penalty,
-        "double backward": partial(double_backward, projection=torch.randn(main_size.rows, CLASSES)),
+        "input gradient": input_gradient,
+        "double backward": partial(double_backward, projection=projection),
         "fused": None,
     }
+    return (model, x, target), penalties
+
+
+def in_double(example: Example) -> Example:
+    model, x, target = example
+    return copy.deepcopy(model).double(), x.double(), target
+
+
+def label_of(network: str, size: Size) -> str:
+    # The bounds speak of the first one.
+    return str(size) if network == "ChainzRule" else f"{size}, {network}"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_training_step(compare: Callable[..., None], main_size: Size, network: str) -> None:
+    example, penalties = example_and_penalties(network, main_size)
     providers = []
     for name, penalty in penalties.items():
         with ck.backend("reference"):
-            exact = Step(model.double(), (x.double(), target), penalty)()
-        model.float()
+            exact = Step(in_double(example), penalty)()
         check = partial(disagreement, exact=exact, tolerance=TOLERANCE)
-        providers.append(Provider(name, Step(model, (x, target), penalty), check=check))
-    compare("training step", str(main_size), "both", providers)
+        providers.append(Provider(name, Step(example, penalty), check=check))
+    compare("training step", label_of(network, main_size), "both", providers)
 
 
-def test_memory(remember: Callable[..., None], main_size: Size) -> None:
-    model, data = _net(main_size)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_memory(remember: Callable[..., None], main_size: Size, network: str) -> None:
+    example, penalties = example_and_penalties(network, main_size)
 
     def eager() -> None:
         with ck.backend("reference"):
             step()
 
-    step = Step(model, data, None)
-    peak_bytes = {"eager": measure.peak_allocation(eager), "fused": measure.peak_allocation(step)}
-    remember(measure.Comparison("training step", str(main_size), "memory", peak_bytes=peak_bytes))
+    step = Step(example, None)
+    peak_bytes = {"eager": measure.peak_allocation(eager)}
+    peak_bytes |= {name: measure.peak_allocation(Step(example, penalty)) for name, penalty in penalties.items()}
+    remember(measure.Comparison("training step", label_of(network, main_size), "memory", peak_bytes=peak_bytes))

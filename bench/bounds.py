@@ -40,16 +40,20 @@ class Bound:
         return value >= self.limit if self.at_least else value <= self.limit
 
 
-def _at_main_size(results: Results, op: str, stage: str) -> Comparison | None:
-    """The comparison at the main size with the op's usual arguments."""
-    labels = (label for an_op, label, a_stage in results if (an_op, a_stage) == (op, stage))
-    usual = [label for label in labels if label.startswith(f"{MAIN.label} ") and "," not in label]
-    return results[op, usual[0], stage] if usual else None
+def _at_main_size(results: Results, op: str, stage: str, variant: str = "") -> Comparison | None:
+    """The comparison at the main size, with the op's usual arguments or those that the label ends with."""
+    for an_op, label, a_stage in results:
+        size, _, rest = label.partition(", ")
+        if (an_op, a_stage, rest) == (op, stage, variant) and size.startswith(f"{MAIN.label} "):
+            return results[an_op, label, a_stage]
+    return None
 
 
-def _ratio(op: str, stage: str, numerator: str, denominator: str) -> Callable[[Results], float | None]:
+def _ratio(
+    op: str, stage: str, numerator: str, denominator: str, variant: str = ""
+) -> Callable[[Results], float | None]:
     def measured(results: Results) -> float | None:
-        comparison = _at_main_size(results, op, stage)
+        comparison = _at_main_size(results, op, stage, variant)
         return None if comparison is None else comparison.ratio(numerator, denominator)
 
     return measured
@@ -74,6 +78,25 @@ def _memory(op: str) -> Callable[[Results], float | None]:
         return comparison.peak_bytes["fused"] / comparison.peak_bytes["eager"]
 
     return measured
+
+
+def _training_steps(network: str, reason: str = "") -> tuple[Bound, ...]:
+    """The promises about a training step of one of ``bench.networks``; the reason is that of the first."""
+    return (
+        Bound(
+            f"training step with DREG, {network}: time over the same step without",
+            1.05,
+            False,
+            _ratio("training step", "both", "fused", "without DREG", network),
+            reason=reason,
+        ),
+        Bound(
+            f"training step with DREG, {network}: faster than a double-backward Jacobian penalty",
+            2,
+            True,
+            _ratio("training step", "both", "double backward", "fused", network),
+        ),
+    )
 
 
 def _worst_layer(stage: str, numerator: str, denominator: str, largest: bool) -> Callable[[Results], float | None]:
@@ -144,6 +167,13 @@ BOUNDS: tuple[Bound, ...] = (
         2,
         True,
         _ratio("training step", "both", "double backward", "fused"),
+    ),
+    *_training_steps(
+        "GELU perceptron", "runs differ by as much; the fused gelu computes two exponentials for each element"
+    ),
+    *_training_steps("transformer block"),
+    *_training_steps(
+        "convolutional", "PyTorch's relu keeps only its output, and the norm needs the feature map before it as well"
     ),
     Bound(
         "polynomial_conv2d forward: time over F.conv2d alone, the worst layer",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import re
 import statistics
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
 import chainzrule_kernels as ck
 from bench.record import versions
+from chainzrule_kernels.ops import _launch
 
 REPLAYS = 20
 CALLS = 1000
@@ -42,7 +45,7 @@ class Work:
     Attributes:
         op: the public function.
         label: which arguments.
-        shape: of ``z``, or of ``x`` for a linear op.
+        shape: of ``z``, or of ``x`` for a linear op; four sizes are feature maps, laid out with the channels innermost.
         dtype: of the data.
         rest: from the shape to the other arguments, tensors in float64.
         is_data: of these, whether it follows the data's dtype.
@@ -52,9 +55,9 @@ class Work:
 
     op: str
     label: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
-    rest: Callable[[tuple[int, int]], Sequence[Any]]
+    rest: Callable[[tuple[int, ...]], Sequence[Any]]
     is_data: tuple[bool, ...]
     streams: tuple[int, int]
     compare: tuple[str, ...] = ("copy", "eager", "compile", "compile cooperative")
@@ -63,11 +66,16 @@ class Work:
     def name(self) -> str:
         """For the table."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.op}, {self.label}, {self.shape[0]}x{self.shape[1]} {dtype}"
+        return f"{self.op}, {self.label}, {'x'.join(map(str, self.shape))} {dtype}"
 
 
 def _normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda")
+
+
+def _linear(features: int) -> Callable[[tuple[int, ...]], Sequence[Any]]:
+    """Weight, bias and coefficients of a layer with so many outputs."""
+    return lambda s: [_normal(features, s[1]) / s[1] ** 0.5, _normal(features), _cubic(None)]
 
 
 def _cubic(columns: int | None) -> Tensor:
@@ -76,6 +84,7 @@ def _cubic(columns: int | None) -> Tensor:
 
 MEBI = 1 << 20
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+LINEAR_PROVIDERS = ("F.linear", "two kernels", "one kernel")
 
 WORKS = (
     Work("polynomial_dreg", "shared", (65536, 1024), BFLOAT16, lambda s: [_cubic(None)], (False,), (2, 3)),
@@ -133,11 +142,75 @@ WORKS = (
         "4096 to 4096",
         (16384, 4096),
         BFLOAT16,
-        lambda s: [_normal(4096, s[1]) / s[1] ** 0.5, _normal(4096), _cubic(None)],
+        _linear(4096),
         (True, True, False),
         (0, 0),
-        ("F.linear",),
+        LINEAR_PROVIDERS,
     ),
+    Work(
+        "linear_polynomial_dreg",
+        "512 to 4096",
+        (65536, 512),
+        BFLOAT16,
+        _linear(4096),
+        (True, True, False),
+        (0, 0),
+        LINEAR_PROVIDERS,
+    ),
+    Work(
+        "polynomial_spatial_dreg",
+        "shared, tap_sq",
+        (128, 256, 56, 56),
+        BFLOAT16,
+        lambda s: [_cubic(None), _normal(*s[1:]).square()],
+        (False, False),
+        (2, 3),
+        ("copy", "eager", "compile"),
+    ),
+    Work(
+        "polynomial_spatial_dreg",
+        "per channel, tap_sq",
+        (128, 256, 56, 56),
+        BFLOAT16,
+        lambda s: [_cubic(s[1]), _normal(*s[1:]).square()],
+        (False, False),
+        (2, 3),
+        ("copy", "eager", "compile"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ConvolutionWork:
+    """A polynomial-kernel convolution on one shape, in channels_last, without gradients.
+
+    Attributes:
+        label: which layer.
+        x_shape: ``(B, C, H, W)``.
+        weight_shape: ``(K, C, R, S)``.
+        padding: on every side.
+        dtype: of the data.
+    """
+
+    label: str
+    x_shape: tuple[int, int, int, int]
+    weight_shape: tuple[int, int, int, int]
+    padding: int
+    dtype: torch.dtype = BFLOAT16
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"polynomial_conv2d, {self.label}, batch {self.x_shape[0]}, {str(self.dtype).removeprefix('torch.')}"
+
+
+CONVOLUTIONS = (
+    ConvolutionWork("3x3, 64 to 64 at 56x56", (256, 64, 56, 56), (64, 64, 3, 3), 1),
+    ConvolutionWork("3x3, 128 to 128 at 28x28", (256, 128, 28, 28), (128, 128, 3, 3), 1),
+    ConvolutionWork("3x3, 512 to 512 at 7x7", (256, 512, 7, 7), (512, 512, 3, 3), 1),
+    ConvolutionWork("1x1, 64 to 256 at 56x56", (256, 64, 56, 56), (256, 64, 1, 1), 0),
+    ConvolutionWork("1x1, 256 to 64 at 56x56", (256, 256, 56, 56), (64, 256, 1, 1), 0),
+    ConvolutionWork("1x1, 64 to 256 at 56x56", (256, 64, 56, 56), (256, 64, 1, 1), 0, FLOAT32),
 )
 
 
@@ -173,6 +246,8 @@ STAGES = ("forward", "backward", "both")
 def measure(work: Work, results: dict[tuple[str, str], Result]) -> None:
     """One run of one piece of work, all stages and providers."""
     torch.manual_seed(0)
+    # Of the same few functions Dynamo would otherwise keep every shape, and after eight of them compile no more.
+    torch._dynamo.reset()
     sets = [_arguments(work) for _ in range(_sets_beyond_the_cache(work))]
     functions = {"fused": getattr(ck, work.op), **_providers(work)}
     for stage in STAGES:
@@ -189,8 +264,64 @@ def measure(work: Work, results: dict[tuple[str, str], Result]) -> None:
                 result.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def measure_convolution(work: ConvolutionWork, results: dict[tuple[str, str], Result]) -> None:
+    """One run of one convolution: the fused kernel, cuDNN alone, cuDNN and one pass, the published unfold code."""
+    torch.manual_seed(0)
+
+    def drawn() -> list[Tensor]:
+        x = _normal(*work.x_shape).to(work.dtype, memory_format=torch.channels_last)
+        weight = 0.1 * _normal(*work.weight_shape)
+        return [x, weight.to(work.dtype, memory_format=torch.channels_last), _cubic(work.weight_shape[0])]
+
+    def served_by(name: str) -> Callable[..., Tensor]:
+        def call(x: Tensor, weight: Tensor, coeffs: Tensor) -> Tensor:
+            with ck.backend(name):
+                return ck.polynomial_conv2d(x, weight, None, coeffs, 1, work.padding)
+
+        return call
+
+    providers: dict[str, Callable[..., Tensor]] = {
+        "fused": served_by("cuda"),
+        "F.conv2d": lambda x, weight, coeffs: F.conv2d(x, weight, None, 1, work.padding),
+        "F.conv2d and one pass": served_by("triton"),
+        "auto": served_by("auto"),
+        "unfold": lambda x, weight, coeffs: _unfolded(x, weight, coeffs, work.padding),
+    }
+    if ck._native_cuda.cuda is None:
+        print(f"the fused convolution is not measured: {ck._native_cuda.missing_because}", file=sys.stderr)
+        del providers["fused"]
+    sets = [drawn() for _ in range(2)]
+    first = [value.double() for value in sets[0]]
+    with torch.no_grad():
+        exact = ck.reference.polynomial_conv2d(first[0][:2], first[1], None, first[2], 1, work.padding)
+    result = results.setdefault((work.name, "forward"), Result(work.name, "forward", 0))
+    for name, provider in providers.items():
+        try:
+            with torch.no_grad():
+                found = provider(*sets[0])[:2]
+            error = ((found.double() - exact).abs().max() / exact.abs().max()).item()
+            if name != "F.conv2d" and not error <= TOLERANCE[work.dtype]:
+                raise AssertionError(f"it differs from float64 by {error:.2g} of the largest value")
+            result.seconds.setdefault(name, []).append(_graph_seconds(provider, sets, "forward"))
+        except Exception as error:
+            result.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _unfolded(x: Tensor, weight: Tensor, coeffs: Tensor, padding: int) -> Tensor:
+    """As published: every patch is written out, then a product of matrices, then powers."""
+    filters, _, height, width = weight.shape
+    patches = F.unfold(x, (height, width), padding=padding)
+    s = weight.flatten(1) @ patches
+    y = sum(coefficient.to(x.dtype)[:, None] * s**power for power, coefficient in enumerate(coeffs))
+    assert isinstance(y, Tensor)
+    return y.view(x.shape[0], filters, x.shape[2] + 2 * padding - height + 1, -1)
+
+
 def _arguments(work: Work) -> list[Any]:
-    z = _normal(*work.shape).to(work.dtype).requires_grad_()
+    z = _normal(*work.shape).to(work.dtype)
+    if z.dim() == 4:
+        z = z.to(memory_format=torch.channels_last)
+    z.requires_grad_()
     rest: list[Any] = []
     is_data = iter(work.is_data)
     for value in work.rest(work.shape):
@@ -210,17 +341,34 @@ def _providers(work: Work) -> dict[str, Callable[..., Any]]:
             plain, dynamic=False, options={"triton.cooperative_reductions": True}
         ),
         "F.linear": lambda: lambda x, weight, bias, coeffs: F.linear(x, weight, bias),
+        "two kernels": lambda: _in_two_kernels,
+        "one kernel": lambda: _in_one_kernel,
     }
     return {name: known[name]() for name in work.compare if name in known}
 
 
+def _in_two_kernels(x: Tensor, weight: Tensor, bias: Tensor, coeffs: Tensor) -> tuple[Tensor, Tensor]:
+    """The library's product and a fused pass, whatever the rule says."""
+    return ck.polynomial_dreg(F.linear(x, weight, bias), coeffs, weight.float().square().sum(1))
+
+
+def _in_one_kernel(x: Tensor, weight: Tensor, bias: Tensor, coeffs: Tensor) -> tuple[Tensor, Tensor]:
+    """The product with the polynomial in its epilogue, whatever the rule says."""
+    assumed = _launch.PRODUCT_EFFICIENCY
+    _launch.PRODUCT_EFFICIENCY = 1 - 1e-6
+    try:
+        return ck.linear_polynomial_dreg(x, weight, bias, coeffs)
+    finally:
+        _launch.PRODUCT_EFFICIENCY = assumed
+
+
 def _bytes(work: Work, stage: str) -> int:
     streams = {"forward": work.streams[0], "backward": work.streams[1], "both": sum(work.streams)}[stage]
-    return streams * work.shape[0] * work.shape[1] * work.dtype.itemsize
+    return streams * math.prod(work.shape) * work.dtype.itemsize
 
 
 def _sets_beyond_the_cache(work: Work) -> int:
-    size = work.shape[0] * work.shape[1] * work.dtype.itemsize * max(1, work.streams[0] // 2)
+    size = math.prod(work.shape) * work.dtype.itemsize * max(1, work.streams[0] // 2)
     return max(2, 1 + -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size))
 
 
@@ -372,7 +520,8 @@ Bound = tuple[str, str, float, float | None]
 
 def bounds(results: dict[tuple[str, str], Result], overhead: dict[str, float], peaks: dict[str, int]) -> list[Bound]:
     """The promises: what, ``">="`` or ``"<="``, the limit, and what was measured."""
-    main, linear = WORKS[0].name, WORKS[-1].name
+    main = WORKS[0].name
+    linear = next(work.name for work in WORKS if work.label == "4096 to 4096")
 
     def ratio(work: str, stage: str, numerator: str, denominator: str = "fused") -> float | None:
         result = results.get((work, stage))
@@ -390,6 +539,16 @@ def bounds(results: dict[tuple[str, str], Result], overhead: dict[str, float], p
             ratio(main, "both", "compile cooperative"),
         ),
         ("linear_polynomial_dreg over F.linear", "<=", 1.05, ratio(linear, "forward", "fused", "F.linear")),
+        *(
+            (f"{what} over F.conv2d", "<=", 1.05, ratio(what, "forward", "auto", "F.conv2d"))
+            for what in (work.name for work in CONVOLUTIONS)
+        ),
+        (
+            "polynomial_conv2d: faster than the published unfold code",
+            ">=",
+            20.0,
+            ratio(CONVOLUTIONS[0].name, "forward", "unfold", "auto"),
+        ),
         ("a call at 1x64 over F.gelu, in us", "<=", 10.0, overhead["polynomial_dreg"] - overhead["F.gelu"]),
         ("peak memory over eager", "<=", 0.35, peaks["fused"] / peaks["eager"]),
     ]
@@ -490,12 +649,19 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: PyTorch sees no GPU", file=sys.stderr)
         return 2
+    # Compiled backwards are called several times on one graph, which forbids them to reuse its memory.
+    torch._functorch.config.donated_buffer = False
     results: dict[tuple[str, str], Result] = {}
     for run in range(2):
         for work in WORKS:
             if arguments.only in work.name:
                 print(f"run {run + 1}: {work.name}", file=sys.stderr)
                 measure(work, results)
+                torch.cuda.empty_cache()
+        for convolution in CONVOLUTIONS:
+            if arguments.only in convolution.name:
+                print(f"run {run + 1}: {convolution.name}", file=sys.stderr)
+                measure_convolution(convolution, results)
                 torch.cuda.empty_cache()
     overhead, peaks = call_overhead(), peak_memory()
     gibibyte = 1 << 30

@@ -22,6 +22,8 @@ from chainzrule_kernels.ops.polynomial_conv2d_dreg.op import polynomial_conv2d_d
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import polynomial_tangent
+from chainzrule_kernels.polykervnet import from_polykervnet, polykervnet_report, to_polykervnet
+from chainzrule_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
 
@@ -39,10 +41,12 @@ __all__ = [
     "backend",
     "coefficients",
     "explain",
+    "from_polykervnet",
     "linear_activation_dreg",
     "linear_polynomial_dreg",
     "nn",
     "peak_volatility",
+    "polykervnet_report",
     "polynomial",
     "polynomial_conv1d",
     "polynomial_conv1d_dreg",
@@ -54,5 +58,8 @@ __all__ = [
     "reference",
     "regularisers",
     "schedules",
+    "swap",
     "tail_ratio",
+    "to_polykervnet",
+    "unswap",
 ]

@@ -18,11 +18,16 @@ from torch import Tensor
 
 # The operators' schemas must stand before a compiled module adds kernels to them.
 import chainzrule_kernels.ops  # noqa: F401
+from chainzrule_kernels._registration import library
 from chainzrule_kernels.ops import _convolution_rule as rule
+from chainzrule_kernels.ops._convolution_operator import operator
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 OPS = frozenset(("polynomial_conv1d", "polynomial_conv1d_dreg", "polynomial_conv2d", "polynomial_conv2d_dreg"))
 """The public ops that the module serves."""
 
+DEVICE_TYPE = "cuda"
 cuda: ModuleType | None = None
 missing_because: str | None = None
 
@@ -55,10 +60,26 @@ def built_for(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+# What does not change while a program runs, torch.compile need not look into.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def device_properties(device: torch.device) -> tuple[int, int, int]:
     """Compute capability, major and minor, and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor, properties.multi_processor_count
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def no_kernel_for(device: torch.device) -> str | None:
+    """Why there is no compiled kernel for a device; None when there is."""
+    if device.type != DEVICE_TYPE:
+        return f"it serves CUDA tensors, and this one is on {device}"
+    if cuda is None:
+        return missing_because
+    major, minor, _ = device_properties(device)
+    architectures = cuda.built_for()["architectures"]
+    if not built_for(architectures, (major, minor)):
+        return f"the compiled CUDA module is built for {architectures}, and {device} is {major}.{minor}"
+    return None
 
 
 def cannot(x: Tensor, *call: Any) -> str | None:
@@ -69,15 +90,10 @@ def cannot(x: Tensor, *call: Any) -> str | None:
         *call: its other arguments: ``weight, bias, coeffs, stride, padding, dilation, groups``. Without them the
             question is only whether there is a kernel for the device.
     """
-    if x.device.type != "cuda":
-        return f"it serves CUDA tensors, and this one is on {x.device}"
-    if cuda is None:
-        return missing_because
-    major, minor, _ = device_properties(x.device)
-    architectures = cuda.built_for()["architectures"]
-    if not built_for(architectures, (major, minor)):
-        return f"the compiled CUDA module is built for {architectures}, and {x.device} is {major}.{minor}"
-    return rule.cannot(_problem(x, *call)) if call else None
+    reason = no_kernel_for(x.device)
+    if reason is not None or not call:
+        return reason
+    return rule.cannot(_problem(x, *call))
 
 
 def not_worthwhile(x: Tensor, *call: Any) -> str | None:
@@ -97,3 +113,30 @@ def _problem(
     groups: int = 1,
 ) -> rule.Problem:
     return rule.problem(x, weight, stride, padding, dilation, groups)
+
+
+def polynomial_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coeffs: Tensor,
+    tap_sq: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    with_norm: bool,
+    keep_s: bool,
+) -> Three:
+    """The operator's kernel for CUDA tensors: the compiled one, or the definition for what that does not take."""
+    call = rule.problem(x, weight, stride, padding, dilation, groups)
+    if rule.cannot(call) is not None:
+        inputs = (x, weight, bias, coeffs, tap_sq, stride, padding, dilation, groups, with_norm, keep_s)
+        return operator.definition_as_kernel(*inputs)
+    compiled = torch.ops.chainzrule_kernels_cuda.polynomial_convolution.default
+    tf32 = call.arithmetic == "tfloat32"
+    return compiled(x, weight, bias, coeffs, tap_sq, stride, padding, dilation, with_norm, keep_s, tf32)
+
+
+if cuda is not None:
+    library.impl("polynomial_convolution", polynomial_convolution, "CUDA")

@@ -24,6 +24,12 @@ _OPERATORS = {
     "polynomial_dreg_backward": "_dreg_triton",
     "activation_dreg": "_dreg_triton",
     "activation_dreg_backward": "_dreg_triton",
+    "polynomial_spatial_dreg": "_spatial_triton",
+    "polynomial_spatial_dreg_backward": "_spatial_triton",
+    "activation_spatial_dreg": "_spatial_triton",
+    "activation_spatial_dreg_backward": "_spatial_triton",
+    "linear_polynomial_dreg": "_linear_triton",
+    "linear_activation_dreg": "_linear_triton",
     "polynomial_tangent": "_tangent_triton",
     "polynomial_tangent_backward": "_tangent_triton",
     "activation_tangent": "_tangent_triton",
@@ -37,8 +43,8 @@ _checked = False
 
 
 def serves(op: str) -> bool:
-    """Whether the operator behind a public op has a Triton kernel. (The linear ops end in the pass of the others.)"""
-    return ("polynomial_spatial_dreg" if op.startswith("polynomial_conv") else op.removeprefix("linear_")) in _OPERATORS
+    """Whether an operator behind a public op has a Triton kernel. (Convolutions end in that over feature maps.)"""
+    return ("polynomial_spatial_dreg" if op.startswith("polynomial_conv") else op) in _OPERATORS
 
 
 def load(module: str = "_dreg_triton") -> ModuleType:

@@ -131,14 +131,17 @@ class Explanation:
         op: the public function.
         backend: the backend that would serve the call.
         reasons: for each other backend, why it would not.
+        how: which of several ways the backend takes, and why; None where it has one.
     """
 
     op: str
     backend: str
     reasons: dict[str, str]
+    how: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.op}: served by {self.backend}"]
+        lines += [] if self.how is None else [f"  as {self.how}"]
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
@@ -172,7 +175,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     public_op.check(*arguments.args, **arguments.kwargs)
     chosen = choose(op, *arguments.args)
     others = [name for name in BACKENDS if name != chosen]
-    return Explanation(op, chosen, {name: _passed_over(name, chosen, op, *arguments.args) for name in others})
+    reasons = {name: _passed_over(name, chosen, op, *arguments.args) for name in others}
+    how = public_op.how(*arguments.args) if chosen == "triton" and public_op.how is not None else None
+    return Explanation(op, chosen, reasons, how)
 
 
 def _passed_over(name: str, chosen: str, op: str, *arguments: Any) -> str:
@@ -187,11 +192,15 @@ def _passed_over(name: str, chosen: str, op: str, *arguments: Any) -> str:
 
 @dataclass(frozen=True)
 class PublicOp:
-    """A public function, its argument check and its plain-PyTorch definition."""
+    """A public function, its argument check, its plain-PyTorch definition.
+
+    Where Triton serves a call in one of several ways, ``how`` tells which, given the arguments.
+    """
 
     function: Callable[..., Any]
     check: Callable[..., None]
     reference: Callable[..., Any]
+    how: Callable[..., str] | None = None
 
 
 def device_summary() -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from chainzrule_kernels.functions import MAX_DEGREE
 
-__all__ = ["hermite", "hermite_start", "identity", "least_squares_relu", "monomial", "pkn", "react"]
+__all__ = ["hermite", "hermite_start", "identity", "least_squares_relu", "monomial", "pkn", "polyrelu", "react"]
 
 Parameter = Tensor | float
 
@@ -52,20 +52,57 @@ def pkn(a: Parameter, c: Parameter, degree: int, offset: Parameter = 0.0) -> Ten
     return torch.stack(rows)
 
 
-def react(a: Parameter, b: Parameter, c: Parameter) -> Tensor:
-    r"""``a x² + b x + c``: ReactPKN, a quadratic in the place of ReLU (PolyKervNets, arXiv 2312.15229).
+def react(a: Parameter, b: Parameter, c: Parameter, degree: int = 2) -> Tensor:
+    r"""``a x^degree + b x + c``: ReactPKN, a quadratic in the place of ReLU (PolyKervNets, arXiv 2312.15229).
 
     The authors start at ``(0.009, 0.5, 0.47)``. That is the least-squares quadratic of ReLU on [-5, 5] but for ``a``,
     which is a tenth of it: :func:`least_squares_relu` has the quadratic itself.
 
+    Args:
+        a: the coefficient of the highest power.
+        b: the coefficient of ``x``.
+        c: the value at 0.
+        degree: the highest power, 1 to 8.
+
     Returns:
-        ``coeffs`` of shape ``(3,)`` or ``(3, N)``.
+        ``coeffs`` of shape ``(degree+1,)`` or ``(degree+1, N)``.
 
     Raises:
-        TypeError, ValueError: for parameters that are not numbers or floating 0-d or 1-d tensors.
+        TypeError, ValueError: for a degree out of range, or parameters that are not numbers or floating 0-d or 1-d
+            tensors.
     """
+    check_degree(degree)
     a, b, c = _broadcast(a=a, b=b, c=c)
-    return torch.stack([c, b, a])
+    if degree == 1:
+        return torch.stack([c, a + b])
+    return torch.stack([c, b, *[torch.zeros_like(a)] * (degree - 2), a])
+
+
+def polyrelu(weight: Tensor, bias: Tensor) -> Tensor:
+    r"""``bias + Σ_k weight_k u^k``, ``k = 1 … D``, to be evaluated at ``u = relu(x)``: PolyReLU (PolyCom, 2411.03884).
+
+    The authors' code starts at ``weight = (1/3, 1/3, 1/3)`` and ``bias = 0``.
+
+    Args:
+        weight: ``(D,)`` or ``(D, N)``, in ascending powers, ``1 <= D <= 8``.
+        bias: a 0-d tensor, or ``(N,)`` when ``weight`` is per channel.
+
+    Returns:
+        ``coeffs`` of shape ``(D+1,)`` or ``(D+1, N)``.
+
+    Raises:
+        TypeError, ValueError: for tensors that are not floating or not of such shapes.
+    """
+    for name, value in (("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point torch.Tensor, got {_describe(value)}")
+    if weight.dim() not in (1, 2) or not 1 <= weight.shape[0] <= MAX_DEGREE:
+        raise ValueError(
+            f"weight: expected shape (D,) or (D, N) with D between 1 and {MAX_DEGREE}, got {tuple(weight.shape)}"
+        )
+    if bias.shape not in (torch.Size([]), weight.shape[1:]):
+        raise ValueError(f"bias: expected a 0-d tensor or shape {tuple(weight.shape[1:])}, got {tuple(bias.shape)}")
+    return torch.cat([bias.expand(weight.shape[1:]).unsqueeze(0), weight])
 
 
 def hermite(a: Tensor) -> Tensor:
@@ -181,6 +218,14 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -44,8 +44,11 @@ _STREAMED = frozenset(
         "y_dot",
         "grad_y_dot",
         "grad_z_dot",
+        "x",
+        "weight",
     )
 )
+_OF_THE_DATA_DTYPE = _STREAMED | {"bias_pointer"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def itemsize(dtype: str) -> int:
     return _ITEMSIZES[dtype]
 
 
-def variants(itemsize: int, *, quick: bool = False) -> Iterator[Variant]:
+def variants(itemsize: int, arch: str, *, quick: bool = False) -> Iterator[Variant]:
     """The kernels that are looked at: every kernel with every tile that its plans can choose.
 
     The cubic with all tiles, the highest degree and every activation with the ``middle`` tile, where registers are
@@ -131,8 +134,11 @@ def variants(itemsize: int, *, quick: bool = False) -> Iterator[Variant]:
 
     Args:
         itemsize: of the data, in bytes; it decides the tiles.
+        arch: the architecture; it decides those of the matrix product.
         quick: only the cubic.
     """
+    if itemsize < 8:
+        yield from _products(itemsize, arch, quick)
     degrees = (3,) if quick else (3, MAX_DEGREE)
     no_derivative = ("derivative",)
     no_grad_derivative = ("grad_derivative",)
@@ -163,16 +169,31 @@ def variants(itemsize: int, *, quick: bool = False) -> Iterator[Variant]:
     if quick:
         return
     forward, backward = _launch.forward_tiles(itemsize)[1], _launch.backward_tiles(itemsize)[1]
+    of_activation = _launch.forward_tiles(itemsize, True)[1]
     channel, tangent = _launch.channel_tiles(itemsize, 0)[1], _launch.tangent_backward_tiles(itemsize)[1]
     yield Variant("dreg_forward_kernel", "polynomial", 3, False, forward)
     yield Variant("dreg_backward_kernel", "polynomial", 3, False, backward)
     for kind in ACTIVATION_KINDS:
         function = (kind, 0, False)
         no_sums = ("coeffs", "coefficient_sums")
-        yield Variant("dreg_forward_kernel", *function, forward, ("coeffs", *no_derivative))
+        yield Variant("dreg_forward_kernel", *function, of_activation, ("coeffs", *no_derivative))
         yield Variant("dreg_backward_kernel", *function, backward, (*no_sums, *no_grad_derivative))
         yield Variant("dreg_channel_backward_kernel", *function, channel, (*no_sums, *no_grad_derivative))
         yield Variant("tangent_backward_kernel", *function, tangent, no_sums)
+
+
+def _products(itemsize: int, arch: str, quick: bool) -> Iterator[Variant]:
+    """The products that :func:`chainzrule_kernels.ops._launch.why_no_epilogue` lets through."""
+    large, small = _launch.product_tiles(itemsize, arch)
+    for tile in (large, small):
+        yield Variant("linear_dreg_kernel", "polynomial", 3, False, tile)
+    if quick:
+        return
+    yield Variant("linear_dreg_kernel", "polynomial", 3, False, large, ("z",))
+    yield Variant("linear_dreg_kernel", "polynomial", MAX_DEGREE, False, large)
+    yield Variant("linear_dreg_kernel", "polynomial", _launch.DEGREE_PER_CHANNEL, True, large)
+    for kind in ACTIVATION_KINDS:
+        yield Variant("linear_dreg_kernel", kind, 0, False, large, ("coeffs",))
 
 
 def _some(tiles: list[Tile], degree: int) -> list[Tile]:
@@ -183,7 +204,7 @@ def inspect(variant: Variant, arch: str, dtype: str) -> Inspection:
     """Compile a variant for an architecture and read the result.
 
     Args:
-        variant: one of :func:`variants` for this dtype's itemsize.
+        variant: one of :func:`variants` for this dtype's itemsize and this architecture.
         arch: ``"sm_90"``, ``"gfx942"``, …
         dtype: one of :data:`DTYPES`.
 
@@ -195,7 +216,7 @@ def inspect(variant: Variant, arch: str, dtype: str) -> Inspection:
     widths = _ptx_accesses(compiled.asm["ptx"]) if "ptx" in compiled.asm else _llvm_accesses(compiled.asm["llir"])
     read = _read_nvidia(compiled) if "cubin" in compiled.asm else _read_amd(compiled)
     element = itemsize(dtype)
-    threads = variant.tile.warps * 32
+    threads = compiled.metadata.num_warps * compiled.metadata.target.warp_size
     # What every thread moves of a tile, if it moves it in vectors.
     in_vectors = variant.tile.rows * variant.tile.columns * element // threads
 
@@ -220,7 +241,7 @@ def compile_for(variant: Variant, arch: str, dtype: str) -> tuple[Any, list[str]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from chainzrule_kernels.ops import _dreg_kernels_triton, _tangent_kernels_triton
+    from chainzrule_kernels.ops import _dreg_kernels_triton, _linear_kernels_triton, _tangent_kernels_triton
     from chainzrule_kernels.ops._call_triton import of_tile
 
     if re.fullmatch(r"sm_\d+", arch):
@@ -231,10 +252,11 @@ def compile_for(variant: Variant, arch: str, dtype: str) -> tuple[Any, list[str]
         raise ValueError(f"arch: expected sm_<number> or gfx9<letters and digits>, got {arch!r}")
     itemsize(dtype)
     data = DTYPES[dtype]
-    tangent = variant.kernel.startswith("tangent")
-    kernel = getattr(_tangent_kernels_triton if tangent else _dreg_kernels_triton, variant.kernel)
+    modules = {"dreg": _dreg_kernels_triton, "linear": _linear_kernels_triton, "tangent": _tangent_kernels_triton}
+    kernel = getattr(modules[variant.kernel.split("_")[0]], variant.kernel)
     given = of_tile(kernel, variant.tile, target.warp_size)
     given |= {"KIND": variant.kind, "DEGREE": variant.degree, "PER_CHANNEL": variant.per_channel}
+    given["PRECISION"] = "tf32" if data == "fp32" else "ieee"
     signature, constants, attributes, taken = {}, {}, {}, []
     for index, name in enumerate(kernel.arg_names):
         if name in given or name.removesuffix("_pointer") in variant.absent:
@@ -244,7 +266,7 @@ def compile_for(variant: Variant, arch: str, dtype: str) -> tuple[Any, list[str]
         taken.append(name)
         if name.endswith("_pointer"):
             other = "fp64" if data == "fp64" else "fp32"
-            signature[name] = f"*{data if name in _STREAMED else other}"
+            signature[name] = f"*{data if name in _OF_THE_DATA_DTYPE else other}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i64"
@@ -321,6 +343,12 @@ def _ptx_accesses(ptx: str) -> Accesses:
         assert address is not None
         for parameter_index in origins.get(address[1], set()):
             accesses["load" if operation == "ld" else "store", parameter_index].append(width)
+    # Into shared memory, asynchronously; a mask gives the bytes that are read, which are all or none.
+    for address, size in re.findall(
+        r"\bcp\.async\.c[ag]\.shared\.global[^\[]*\[[^\]]*\],\s*\[\s*(%rd\d+)[^\]]*\],\s*(\w+)", ptx
+    ):
+        for parameter_index in origins.get(address, set()):
+            accesses["load", parameter_index].append(int(size, 0))
     return accesses
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,13 +74,18 @@ def build_wheel(source: Path, variables: Mapping[str, str]) -> subprocess.Comple
     )
 
 
-def the_line(finished: subprocess.CompletedProcess[str]) -> str:
-    """The one line that says why there is no native module."""
+def the_lines(finished: subprocess.CompletedProcess[str], *devices: str) -> list[str]:
+    """The line for each device that says why there is no native module; there are no others."""
     output = finished.stdout + finished.stderr
     assert "Traceback" not in output, output
     lines = [line.strip() for line in output.splitlines() if "chainzrule_kernels: the native" in line]
-    assert len(lines) == 1, output
-    return lines[0]
+    assert re.findall(r"the native (\w+) module", "\n".join(lines)) == list(devices), output
+    return lines
+
+
+def the_line(finished: subprocess.CompletedProcess[str]) -> str:
+    """The one line that says why there is no native module. Of a CUDA module nobody hears whose torch has no CUDA."""
+    return the_lines(finished, "CPU")[0]
 
 
 def the_wheel(source: Path) -> Path:
@@ -150,6 +157,101 @@ def test_the_native_module_can_be_declined_and_the_wheel_holds_what_it_should(so
         line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line
     ]
     assert always_required == ["Requires-Dist: torch>=2.10"]
+
+
+CUDA_TORCH = """
+import torch
+torch.version.cuda = "13.0"
+torch.cuda._is_compiled = lambda: True
+torch.cuda.is_available = lambda: False
+torch.cuda.device_count = lambda: 0
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the compilers of this test are shell scripts")
+def test_r01_neither_module_compiles_and_the_wheel_is_pure_python(source: Path, tmp_path: Path) -> None:
+    toolkit = tmp_path / "toolkit" / "bin"
+    toolkit.mkdir(parents=True)
+    for compiler in (toolkit / "nvcc", tmp_path / "compiler"):
+        compiler.write_text('#!/bin/sh\ncase "$*" in *-fsyntax-only*) exit 0 ;; *) exit 1 ;; esac\n')
+        compiler.chmod(0o755)
+    headers = tmp_path / "cutlass" / "include" / "cutlass"
+    headers.mkdir(parents=True)
+    (headers / "cutlass.h").touch()
+    # Python imports this module first: torch then passes for a CUDA build.
+    (tmp_path / "sitecustomize.py").write_text(CUDA_TORCH)
+    compilers = {"CC": str(tmp_path / "compiler"), "CXX": str(tmp_path / "compiler"), "CUDA_HOME": str(toolkit.parent)}
+    places = {"PYTHONPATH": str(tmp_path), "CHAINZRULE_KERNELS_CUTLASS_DIR": str(headers.parent.parent)}
+    finished = build_wheel(source, {**compilers, **places})
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert all("compiling it failed" in line for line in the_lines(finished, "CPU", "CUDA"))
+    the_wheel(source)
+    required = build_wheel(source, {**compilers, **places, "CHAINZRULE_KERNELS_REQUIRE_CUDA": "1"})
+    assert required.returncode != 0
+    assert "CHAINZRULE_KERNELS_REQUIRE_CUDA is set" in the_lines(required, "CPU", "CUDA")[1]
+
+
+@pytest.fixture
+def building(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """setup.py beside a CUDA torch and a toolkit, with no variable set that concerns it."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name in [*os.environ]:
+        if name.startswith("CHAINZRULE_KERNELS_") or name == "TORCH_CUDA_ARCH_LIST":
+            monkeypatch.delenv(name)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch()
+    functions = runpy.run_path(str(REPOSITORY / "setup.py"), run_name="setup")
+    return SimpleNamespace(torch=SimpleNamespace(CUDA_HOME=str(tmp_path)), **functions)
+
+
+def test_r01_each_reason_for_no_cuda_module_is_one_line(
+    building: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def reason() -> str:
+        with pytest.raises(building.NativeBuildError) as caught:
+            building.cuda_extension(building.torch)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    monkeypatch.setenv("CHAINZRULE_KERNELS_NO_CUDA", "1")
+    assert reason() == "CHAINZRULE_KERNELS_NO_CUDA is set"
+    monkeypatch.delenv("CHAINZRULE_KERNELS_NO_CUDA")
+
+    monkeypatch.setenv("CHAINZRULE_KERNELS_CUTLASS_DIR", str(tmp_path))
+    assert reason() == f"the CUTLASS headers are not in CHAINZRULE_KERNELS_CUTLASS_DIR={tmp_path}"
+    monkeypatch.delenv("CHAINZRULE_KERNELS_CUTLASS_DIR")
+    with monkeypatch.context() as without_packages:
+        without_packages.setattr("importlib.util.find_spec", lambda name: None)
+        assert "pip install --no-deps nvidia-cutlass" in reason()
+
+    (tmp_path / "cutlass").mkdir()
+    (tmp_path / "cutlass" / "cutlass.h").touch()
+    monkeypatch.setenv("CHAINZRULE_KERNELS_CUTLASS_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.0;7.5+PTX")
+    assert reason() == "TORCH_CUDA_ARCH_LIST=6.0;7.5+PTX names no architecture from 8.0 on"
+
+    building.torch.CUDA_HOME = None
+    assert reason() == "there is no nvcc (CUDA_HOME is None)"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert building.cuda_extension(building.torch) == []
+
+
+def test_r03_only_the_architectures_that_are_asked_for(
+    building: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(value: str) -> list[str]:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
+        return building.cuda_architectures(torch)
+
+    assert asked("8.0") == ["8.0"]
+    assert asked("7.5;8.6;9.0a 10.0+PTX") == ["8.6", "9.0a", "10.0+PTX"]
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5), (9, 0)][index])
+    assert building.cuda_architectures(torch) == ["9.0"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert building.cuda_architectures(torch) == ["8.0+PTX"]
 
 
 def test_every_optional_dependency_is_pinned_for_development() -> None:

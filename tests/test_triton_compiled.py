@@ -17,8 +17,8 @@ from chainzrule_kernels.inspection import Variant
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def _variants(dtype: str, *, quick: bool) -> list[Variant]:
-    return list(inspection.variants(inspection.itemsize(dtype), quick=quick))
+def _variants(dtype: str, arch: str = "sm_90", *, quick: bool) -> list[Variant]:
+    return list(inspection.variants(inspection.itemsize(dtype), arch, quick=quick))
 
 
 def _check(variant: Variant, arch: str, dtype: str) -> None:
@@ -29,7 +29,10 @@ def _check(variant: Variant, arch: str, dtype: str) -> None:
     # Rows that are neither a whole number of vectors nor free of anything per channel go one element at a time.
     wide = 16 if variant.tile.vector > 1 else inspection.itemsize(dtype)
     assert found.load_bytes >= wide
-    assert found.store_bytes >= wide
+    # A product leaves the matrix cores of AMD with four elements of a row in a thread, and is stored like that.
+    assert found.store_bytes >= (
+        4 * inspection.itemsize(dtype) if arch == "gfx942" and "linear" in variant.kernel else wide
+    )
 
 
 # In groups, so that a process of pytest-xdist does not pay for a report of each.
@@ -52,7 +55,7 @@ def test_compiled_for_hopper_in_float32(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", GROUPS)
 def test_compiled_for_ampere(kernel: str) -> None:
-    for variant in _variants("bfloat16", quick=True):
+    for variant in _variants("bfloat16", "sm_80", quick=True):
         if variant.kernel == kernel and variant.tile.vector > 1:
             _check(variant, "sm_80", "bfloat16")
 
@@ -60,8 +63,8 @@ def test_compiled_for_ampere(kernel: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
 def test_other_architectures_are_read(arch: str) -> None:
     for kernel in GROUPS:
-        variants = (item for item in _variants("bfloat16", quick=True) if item.kernel == kernel)
-        _check(next(item for item in variants if item.tile.name.endswith("aligned")), arch, "bfloat16")
+        variants = (item for item in _variants("bfloat16", arch, quick=True) if item.kernel == kernel)
+        _check(next(item for item in variants if item.tile.vector > 1 and not item.tile.shifted), arch, "bfloat16")
 
 
 def test_shared_coefficients_move_whole_vectors_whatever_the_length() -> None:

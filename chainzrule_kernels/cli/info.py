@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import chainzrule_kernels
-from chainzrule_kernels import _native, backends
+from chainzrule_kernels import _native, _native_cuda, backends
 from chainzrule_kernels.cli.output import print_table
 from chainzrule_kernels.testing.cases import CASES
 
@@ -41,6 +41,7 @@ def gather() -> dict[str, Any]:
             "triton": _version_of("triton"),
         },
         "native": _native_module(),
+        "native_cuda": _native_cuda_module(),
         "devices": backends.device_summary(),
         "ops": {device: _served_by(device) for device in _device_types()},
     }
@@ -62,6 +63,12 @@ def _native_module() -> dict[str, Any]:
         "instruction_set": _native.cpu.instruction_set(),
         "built_for": _native.cpu.built_for(),
     }
+
+
+def _native_cuda_module() -> dict[str, Any]:
+    if _native_cuda.cuda is None:
+        return {"present": False, "missing_because": _native_cuda.missing_because}
+    return {"present": True, "file": _native_cuda.cuda.__file__, "built_for": _native_cuda.cuda.built_for()}
 
 
 def _device_types() -> list[str]:
@@ -93,12 +100,22 @@ def _print(found: dict[str, Any]) -> None:
             print(f"  {name.replace('_', ' ')}: {value}")
     else:
         print(f"native CPU module: none; {native['missing_because']}")
+    _print_native_cuda(found["native_cuda"])
     print("devices: " + ", ".join(found["devices"]))
     for device, ops in found["ops"].items():
         rows = [[op, served["backend"]] for op, served in ops.items()]
         print_table(f"On {device}", ["op", "served by"], rows)
         for name, op_names in _grouped_reasons(ops).items():
             print(f"  not {name} ({', '.join(op_names)})" if len(op_names) < len(ops) else f"  not {name}")
+
+
+def _print_native_cuda(native: dict[str, Any]) -> None:
+    if not native["present"]:
+        print(f"native CUDA module: none; {native['missing_because']}")
+        return
+    print(f"native CUDA module: {native['file']}")
+    for name, value in native["built_for"].items():
+        print(f"  {name.replace('_', ' ')}: {value}")
 
 
 def _grouped_reasons(ops: dict[str, dict[str, Any]]) -> dict[str, list[str]]:

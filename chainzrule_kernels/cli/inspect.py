@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             (variant, arch, dtype)
             for arch in arguments.arch.split(",")
             for dtype in arguments.dtype.split(",")
-            for variant in inspection.variants(inspection.itemsize(dtype), quick=arguments.quick)
+            for variant in inspection.variants(inspection.itemsize(dtype), arch, quick=arguments.quick)
             if arguments.kernel in variant.name
         ]
         found = [inspection.inspect(*item) for item in with_progress(work, "Compiling", arguments.json)]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from chainzrule_kernels.dreg.accumulated import Start
 from chainzrule_kernels.dreg.discovery import Between, Layer
 from chainzrule_kernels.dreg.interception import (
     Handing,
@@ -24,12 +25,16 @@ class Attachment:
         layers: the layers to record.
         forward_pass: the regulariser's.
         with_norms: whether row norms count; otherwise every layer is recorded for its activation alone.
+        start: the module from whose output tangents may run; None without tangents.
 
     Attributes:
         records: one for each layer, in the order of ``layers``.
+        start: what stands in the place of that module's forward.
     """
 
-    def __init__(self, layers: Iterable[Layer], forward_pass: ForwardPass, with_norms: bool) -> None:
+    def __init__(
+        self, layers: Iterable[Layer], forward_pass: ForwardPass, with_norms: bool, start: nn.Module | None
+    ) -> None:
         self.records: list[JacobianRecord] = []
         self._forward_pass = forward_pass
         self._with_norms = with_norms
@@ -54,6 +59,9 @@ class Attachment:
                 self._of_functions.setdefault(module, {})
             else:
                 self._interceptions.append(Handing(module, forward_pass, keeps_norms=not item.is_norm))
+        self.start = None if start is None else Start(start, forward_pass)
+        if self.start is not None:
+            self._interceptions.append(self.start)
         for module, records in self._of_functions.items():
             self._interceptions.append(WatchingFunctions(module, forward_pass, records))
 
@@ -62,7 +70,7 @@ class Attachment:
             record = JacobianRecord(self._forward_pass, layer.linear if self._with_norms else None)
             self._put(layer.owner, record)
             return record
-        record = JacobianRecord(self._forward_pass, None)
+        record = JacobianRecord(self._forward_pass, None, spread=layer.linear)
         self._records_of(layer).by_linear[layer.linear_name] = record
         return record
 
@@ -88,7 +96,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Take everything off. Calling it again does nothing."""
-        for interception in self._interceptions:
+        for interception in reversed(self._interceptions):
             interception.remove()
         for module in self._has_record:
             record = module.__dict__.get("jacobian_record")

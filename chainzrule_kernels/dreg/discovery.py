@@ -39,6 +39,7 @@ from chainzrule_kernels.dreg.recognition import (
     unchanged,
     why_no_linear_map,
 )
+from chainzrule_kernels.nn.activations import PolynomialActivation
 
 __all__ = ["Between", "Discovery", "Layer", "SkippedActivation", "discover"]
 
@@ -395,7 +396,7 @@ class _Analysis:
 
     def _polynomial(self, name: str, module: nn.Module, value: _Value) -> _Value:
         self._close(module)
-        if hasattr(module, "weight"):
+        if hasattr(module, "weight") and not isinstance(module, PolynomialActivation):
             value = _Value("", linear=name)
         site = _Site(name, module, module, ActivationCall(type(module).__name__, None), value, is_polynomial=True)
         self.sites.append(site)

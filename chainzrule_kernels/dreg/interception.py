@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from chainzrule_kernels import _distributed
 from chainzrule_kernels.dreg.recognition import (
     ACTIVATION_FUNCTIONS,
     CONVOLUTIONS,
@@ -51,14 +52,21 @@ class Interception:
         self.module = module
         self.forward_pass = forward_pass
         self._is_attached = True
+        # Of another interception of the same module: it goes on inside this one.
+        self._inner: Interception | None = module.__dict__.get("forward")
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
         # What an export would record are the fake tensors of its trace.
-        if not self._is_attached or torch.compiler.is_exporting():
+        if not self._is_attached or torch.compiler.is_exporting() or not self.is_needed:
             return self.original(*args, **kwargs)
         return self.forward(*args, **kwargs)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to do beside the module's own forward."""
+        return self.forward_pass.is_listening
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -72,6 +80,8 @@ class Interception:
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module's class."""
+        if self._inner is not None:
+            return self._inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +92,10 @@ class Interception:
         """Give the forward back. Whoever has wrapped it since still gets the module's own."""
         self._is_attached = False
         if self.module.__dict__.get("forward") is self:
-            del self.module.__dict__["forward"]
+            if self._inner is None:
+                del self.module.__dict__["forward"]
+            else:
+                self.module.forward = self._inner
 
 
 class MarkingLinear(Interception):
@@ -99,6 +112,16 @@ class MarkingLinear(Interception):
         super().__init__(module, forward_pass)
         self.name = name
         self.with_norms = with_norms
+        # Tensor parallelism takes the process's own part of the output in a hook, which loses the mark.
+        weight = module._parameters.get("weight")  # no parameter where it is computed
+        self._is_spread = weight is not None and not _distributed.is_plain(weight)
+        self._handle = module.register_forward_hook(self._mark_part) if self._is_spread else None
+
+    def remove(self) -> None:
+        """Give the forward back, and take the hook off."""
+        super().remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, marked."""
@@ -106,12 +129,35 @@ class MarkingLinear(Interception):
         computed = parametrize.is_parametrized(self.module, "weight")
         with parametrize.cached() if computed and self.with_norms else contextlib.nullcontext():
             y = self.original(*args, **kwargs)
+            if not _distributed.is_plain(y):
+                self._check_hook()
+                return y
             row_sq = self._row_sq(_first(args, kwargs), y) if self.with_norms else None
         spatial = self.module.weight.dim() - 2 if isinstance(self.module, CONVOLUTIONS) else None
         set_source(y, self.name, row_sq, spatial)
         return y
 
+    def _check_hook(self) -> None:
+        if not self._is_spread:
+            raise RuntimeError(
+                f"DREG: the weight of {self.name} was spread over processes after the regulariser had been attached. "
+                "Attach it after parallelize_module"
+            )
+
+    def _mark_part(self, module: nn.Module, inputs: Any, y: Any) -> None:
+        """Mark what the process has of the output."""
+        if source_of(y) is not None:  # FSDP2 has the whole weight and output in the forward, as any other model
+            return
+        if not _distributed.is_plain(y):
+            raise RuntimeError(
+                f"DREG: the output of {self.name} is a distributed tensor, and no op of this package takes one. Leave "
+                "use_local_output=True where the layer is parallelised"
+            )
+        row_sq = _distributed.squared_row_norms_of(module, y) if self.with_norms else None
+        set_source(y, self.name, row_sq, None)
+
     def _row_sq(self, x: Tensor, y: Tensor) -> Tensor:
+        _distributed.refuse_sharded(self.module)
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         weight = weight.to(compute_dtype(y))

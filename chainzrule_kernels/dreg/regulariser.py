@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chainzrule_kernels.diagnostics import Table, percentile, tail_ratio
+from chainzrule_kernels.dreg.accumulated import Probes, TangentPass, find_start
 from chainzrule_kernels.dreg.attachment import Attachment, attached_interception
 from chainzrule_kernels.dreg.discovery import Discovery, Layer, SkippedActivation, discover
 from chainzrule_kernels.dreg.selection import Choice, Weights, choose_layers, weights_of
@@ -20,7 +21,7 @@ from chainzrule_kernels.nn.jacobian_record import ForwardPass, is_under_vmap, re
 
 __all__ = ["DREG"]
 
-VARIANTS = ("layer", "activation")
+VARIANTS = ("layer", "activation", "accumulated")
 
 
 class DREG:
@@ -48,18 +49,28 @@ class DREG:
         variant: ``"layer"`` for ``r_j = ‖W_j‖²``, differentiated too, or ``"activation"`` for ``r_j = 1``. For a
             convolution ``r`` is the sum of ``W²`` over the taps that fall inside the image; a batch norm between scales
             it by ``(gamma / sigma)²``, sigma detached. Behind another norm, and for a ``Polynomial`` without a linear
-            map in front, ``r_j = 1`` in either; :attr:`layers` says which.
+            map in front, ``r_j = 1`` in either; :attr:`layers` says which. ``"accumulated"`` penalises ``‖G_l‖_F²``,
+            with ``G_l = ∂y_l/∂x`` from the model's input to the layer's output, by tangents: see below.
         reduction: mean or sum over batch, units and layers; by default mean, sum and sum.
-        probes: belongs to the variant ``"accumulated"``; leave it at 1.
+        probes: for the variant ``"accumulated"``: how many Gaussian tangents estimate each norm, without bias, or
+            ``"exact"`` for one tangent for each number of a sample's input. Otherwise leave it at 1.
         schedule: a factor on the strength for each step, such as ``ck.schedules.linear(1.0, 0.0, 1000)``; None for 1.
         layers: names of those to regularise, in which ``*`` and ``?`` are wildcards, or a predicate on
             :class:`~chainzrule_kernels.dreg.discovery.Layer`; None for all. A layer answers to its own name, its linear
             map's and its activation's. By name, activations with no linear map in front can be asked for, too.
         weights: a factor on each layer's term, as a mapping from such names or a function of the layer; None for 1.
+        start: for ``"accumulated"``, the name of the module whose output is ``x``. None for the first floating-point
+            tensor among the model's arguments, and for the output of its first embedding if there is none.
 
     Raises:
         TypeError, ValueError: for arguments out of range; for a model in which nothing can be regularised, or which is
             regularised already.
+
+    ``"accumulated"`` runs the model a second time when the penalty is asked for, with tangents by
+    :func:`torch.func.jvp`: a forward pass and, for each probe, about as much again; the backward pass grows likewise.
+    The samples of a batch must not mix, as they do in a batch norm in training mode, which makes the norms those of
+    their sum. Operations without a forward mode raise; attention is computed by PyTorch's plain formula there. Hooks on
+    parts of the model run a second time, too. It is refused under ``torch.compile`` and with activation checkpointing.
 
     Under ``torch.compile``, compile the model or a function that contains both ``model(x)`` and ``reg.penalty()``;
     neither a new batch size nor a step of the schedule recompiles. With activation checkpointing use
@@ -77,16 +88,18 @@ class DREG:
         strength: float = 10**-2.5,
         variant: str = "layer",
         reduction: Reduction | None = None,
-        probes: int | str = 1,
+        probes: Probes = 1,
         schedule: Callable[[int], float] | None = None,
         *,
         layers: Choice = None,
         weights: Weights = None,
+        start: str | None = None,
     ) -> None:
-        _check_arguments(model, strength, variant, reduction, probes, schedule)
+        _check_arguments(model, strength, variant, reduction, probes, schedule, start)
         # A compiled model wraps the one whose forward runs.
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.variant = variant
+        self.probes = probes
         self.reduction = Reduction() if reduction is None else reduction
         self.schedule = schedule
         self._base_strength = float(strength)
@@ -108,38 +121,67 @@ class DREG:
             _row(layer, variant, weight) for layer, weight in zip(found, self._weights, strict=True)
         )
         self.skipped: Table[SkippedActivation] = Table(_not_regularised(discovery, found))
-        self._attachment = Attachment(found, self._forward_pass, with_norms=variant == "layer")
+        self._forward_pass.is_silent = variant == "accumulated"
+        self._attachment = Attachment(
+            found,
+            self._forward_pass,
+            with_norms=variant == "layer",
+            start=find_start(self.model, start) if variant == "accumulated" else None,
+        )
+        self._start_is_chosen = start is not None
+        self._tangent_pass: TangentPass | None = None
         self._records = self._attachment.records
         self._handles = [
             self.model.register_forward_pre_hook(self._open_pass),
             self.model.register_forward_hook(self._complete_pass),
             self.model.register_forward_hook(self._close_pass, always_call=True),
         ]
+        if variant == "accumulated":
+            self._handles.append(self.model.register_forward_pre_hook(self._keep_arguments, with_kwargs=True))
         self._strength = self._strength_tensor()
 
     # ---- the forward pass -------------------------------------------------------------------------------------------
 
     def _open_pass(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         refuse_replica(model)
-        if _is_a_pass() and self._forward_pass.begin():
+        if self._is_a_pass() and self._forward_pass.begin():
             for record in self._records:
                 record.calls = []
+            self._tangent_pass = None
+
+    def _keep_arguments(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(_NOT_COMPILED)
+        if self._is_a_pass() and self._forward_pass.depth == 1:
+            self._tangent_pass = TangentPass(self.model, args, kwargs, self._attachment.start, self._start_is_chosen)
+
+    def _run_tangents(self) -> None:
+        """Fill the records by tangents behind the latest pass, if that has not been done."""
+        tangent_pass, self._tangent_pass = self._tangent_pass, None
+        if tangent_pass is not None:
+            for record, norms, units in tangent_pass.run(self._forward_pass, self.probes):
+                record.calls.append((norms, units))
+
+    def _is_a_pass(self) -> bool:
+        """Whether a call of the model is a forward pass to record: not while tangents run."""
+        return _is_a_pass() and self._forward_pass.outputs is None
 
     def _complete_pass(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if _is_a_pass():
+        if self._is_a_pass():
             self._forward_pass.complete()
 
     def _close_pass(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         # An exception in the forward, or in a hook before ours, leads here past _complete_pass.
-        if _is_a_pass() and not getattr(model, "_is_replica", False):
+        if self._is_a_pass() and not getattr(model, "_is_replica", False):
             self._forward_pass.end()
 
     def _check_pass(self) -> None:
-        """Raise when the latest pass has not reached its end."""
+        """Raise when the latest pass has not reached its end; otherwise see that its norms are there."""
         if self._forward_pass.has_begun and not self._forward_pass.is_complete:
             if not torch.compiler.is_compiling():
                 self._forward_pass.forget_interrupted()
             raise RuntimeError(_INCOMPLETE)
+        self._run_tangents()
 
     def _nothing_recorded(self) -> RuntimeError:
         return RuntimeError(_NO_LAYER_RAN if self._forward_pass.has_begun else _NOTHING_RECORDED)
@@ -273,6 +315,7 @@ class DREG:
         if not inputs and not keywords:
             return self._report()
         recorded = [record.calls for record in self._records]
+        tangent_pass = self._tangent_pass
         latest = self._forward_pass.has_begun, self._forward_pass.is_complete
         training = [module for module in self.model.modules() if module.training]
         self._forward_pass.measures_nonlinearity = True
@@ -290,6 +333,7 @@ class DREG:
             for record, calls in zip(self._records, recorded, strict=True):
                 record.calls = calls
                 record.nonlinearity = None
+            self._tangent_pass = tangent_pass
 
     def _report(self) -> Table[LayerReport]:
         self._check_pass()
@@ -315,6 +359,7 @@ class DREG:
         for handle in self._handles:
             handle.remove()
         self._attachment.remove()
+        self._tangent_pass = None
         self._forward_pass.clear()
 
     @staticmethod
@@ -342,8 +387,11 @@ class DREG:
                     owner.remove()
             # The copy of a layer has a record, and no regulariser where that one was not copied with it.
             module.__dict__.pop("jacobian_record", None)
-            if interception is not None:
+            while (interception := attached_interception(module)) is not None:
                 interception.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tangent_pass": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -370,10 +418,16 @@ _INCOMPLETE = (
     "DREG: the latest forward pass of the model did not reach its end, because of an exception or because it is still "
     "running, so the norms of its layers are not all there. Call the model again before penalty(), report() or jac_sq()"
 )
+_NOT_COMPILED = (
+    "DREG: the variant 'accumulated' runs tangents through the model behind its forward pass, which torch.compile "
+    "cannot trace. Leave the regularised model uncompiled, or take variant='layer'"
+)
 _UNDER_VMAP = "DREG: penalty() was called under torch.vmap, where nothing is recorded. Call it outside"
 
 
-def _check_arguments(model: Any, strength: Any, variant: Any, reduction: Any, probes: Any, schedule: Any) -> None:
+def _check_arguments(
+    model: Any, strength: Any, variant: Any, reduction: Any, probes: Any, schedule: Any, start: Any
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(strength, int | float) or isinstance(strength, bool):
@@ -381,20 +435,37 @@ def _check_arguments(model: Any, strength: Any, variant: Any, reduction: Any, pr
     if not (math.isfinite(strength) and strength >= 0):
         raise ValueError(f"strength: expected a finite number of at least 0, got {strength}")
     if variant not in VARIANTS:
-        reason = "; the accumulated Jacobian is not offered yet" if variant == "accumulated" else ""
-        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}{reason}")
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
     if reduction is not None and not isinstance(reduction, Reduction):
         raise TypeError(f"reduction: expected a chainzrule_kernels.Reduction, got {type(reduction).__name__}")
-    if probes != 1:
-        raise ValueError(f"probes: expected 1, since the variant {variant!r} is exact without probes, got {probes!r}")
+    _check_probes(probes, variant)
+    if start is not None and variant != "accumulated":
+        raise ValueError(f"start: belongs to the variant 'accumulated', got {start!r} with {variant!r}")
     if schedule is not None and not callable(schedule):
         raise TypeError(f"schedule: expected a function of the step, got {type(schedule).__name__}")
+
+
+def _check_probes(probes: Any, variant: str) -> None:
+    if variant != "accumulated":
+        if probes != 1:
+            raise ValueError(
+                f"probes: expected 1, since the variant {variant!r} is exact without probes, got {probes!r}"
+            )
+    elif isinstance(probes, str):
+        if probes != "exact":
+            raise ValueError(f"probes: expected a number of probes or 'exact', got {probes!r}")
+    elif not isinstance(probes, int) or isinstance(probes, bool):
+        raise TypeError(f"probes: expected a number of probes or 'exact', got {type(probes).__name__}")
+    elif probes < 1:
+        raise ValueError(f"probes: expected at least 1, got {probes}")
 
 
 def _row(layer: Layer, variant: str, weight: float) -> RegularisedLayer:
     module = layer.function if layer.activation is None else type(layer.activation).__name__
     if variant == "activation":
         return RegularisedLayer(layer.name, module, layer.units, "activation", weight, "as the variant says")
+    if variant == "accumulated":
+        return RegularisedLayer(layer.name, module, layer.units, variant, weight, "by tangents through the model")
     penalises = "layer" if layer.folds else "activation"
     return RegularisedLayer(layer.name, module, layer.units, penalises, weight, layer.note)
 

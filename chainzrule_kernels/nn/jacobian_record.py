@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from chainzrule_kernels import _distributed
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.functions.activations import Activation
+from chainzrule_kernels.functions.base import ScalarFunction
 from chainzrule_kernels.functions.polynomial import Polynomial
 from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
@@ -45,6 +47,8 @@ class ForwardPass:
         has_begun: whether the model has run since the regulariser was attached.
         is_complete: whether the latest pass reached its end. One that an exception ended did not.
         measures_nonlinearity: whether the layers measure it beside their norms.
+        is_silent: whether the layers record nothing in the model's own pass, since tangents will run behind it.
+        outputs: while tangents run, what the layers have given out so far; otherwise None.
         regulariser: the one that this belongs to; a copy of a layer alone has none.
     """
 
@@ -53,8 +57,15 @@ class ForwardPass:
         self.has_begun = False
         self.is_complete = False
         self.measures_nonlinearity = False
+        self.is_silent = False
+        self.outputs: list[Output] | None = None
         self.regulariser: weakref.ref[DREG] | None = None
         self._caller: FrameType | None = None
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether the layers have anything to record."""
+        return not self.is_silent or self.outputs is not None
 
     def begin(self) -> bool:
         """A call of the model begins. Whether it is a pass of its own, rather than a call inside one."""
@@ -95,7 +106,7 @@ class ForwardPass:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has had no pass; its regulariser, where it is copied too, makes itself known.
-        return ForwardPass().__dict__
+        return {**ForwardPass().__dict__, "is_silent": self.is_silent}
 
 
 def _is_running(frame: FrameType) -> bool:
@@ -159,12 +170,44 @@ def _version_of(value: Tensor) -> int:
     return value._version
 
 
+class Output(NamedTuple):
+    """What a layer gave out while tangents ran.
+
+    Attributes:
+        record: of the layer.
+        value: its output.
+        spatial: as :attr:`Source.spatial`.
+    """
+
+    record: JacobianRecord
+    value: Tensor
+    spatial: int | None
+
+    @property
+    def units(self) -> int:
+        """How many numbers the output has for each sample."""
+        return math.prod(self.value.shape[self._first_dimension :])
+
+    def squared_norm(self, tangent: Tensor) -> Tensor:
+        """``Σ_j ẏ_j²`` for each sample."""
+        return tangent.to(compute_dtype(tangent)).square().flatten(self._first_dimension).sum(-1)
+
+    @property
+    def _first_dimension(self) -> int:
+        return -1 if self.spatial is None else -1 - self.spatial
+
+
 class FixedActivation:
     """An activation of one of the :data:`~chainzrule_kernels.ACTIVATION_KINDS`, as records call it."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.scalar = Activation(kind)
+
+    def value(self, z: Tensor) -> Tensor:
+        """``y`` alone, by functions of PyTorch."""
+        (y,) = self.scalar.derivatives(z.to(compute_dtype(z)), 0)
+        return y.to(z.dtype)
 
     def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and ``jac_sq`` over the last dimension."""
@@ -182,9 +225,13 @@ class LearnablePolynomial:
         self.coeffs = coeffs
 
     @property
-    def scalar(self) -> Polynomial:
+    def scalar(self) -> ScalarFunction:
         """The function of one number."""
         return Polynomial(self.coeffs)
+
+    def value(self, z: Tensor) -> Tensor:
+        """``y`` alone."""
+        return polynomial(z, self.coeffs)
 
     def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and ``jac_sq`` over the last dimension."""
@@ -202,12 +249,14 @@ class JacobianRecord:
         calls: ``(jac_sq, number of units)`` for each time the layer ran. A layer that the model uses twice has two
             entries.
         linear: the module with the ``weight`` whose row norms count; None for the activation alone.
+        spread: the linear map in front, of whose units a process may have a part (``torch.distributed.tensor``).
         nonlinearity: ``E‖J - E J‖_F² / E‖J‖_F²`` over the samples of the latest call; only when it is being measured.
     """
 
-    def __init__(self, forward_pass: ForwardPass, linear: nn.Module | None) -> None:
+    def __init__(self, forward_pass: ForwardPass, linear: nn.Module | None, spread: nn.Module | None = None) -> None:
         self.forward_pass = forward_pass
         self.linear = linear
+        self.spread = spread
         self.calls: list[tuple[Tensor, int]] = []
         self.nonlinearity: float | None = None
 
@@ -224,6 +273,12 @@ class JacobianRecord:
         spatial: int | None = None,
     ) -> Tensor:
         """``f(z)``, with the Jacobian norm recorded; ``row_sq`` and ``spatial`` as in :class:`Source`."""
+        if self.forward_pass.outputs is not None:
+            y = function.value(z)
+            self.forward_pass.outputs.append(Output(self, y, spatial))
+            return y
+        if self.forward_pass.is_silent:
+            return function.value(z)
         if spatial is None:
             y, jac_sq = function.with_norm(z, row_sq)
             units = z.shape[-1]
@@ -249,7 +304,7 @@ class JacobianRecord:
             if is_under_vmap():
                 return
         if self.forward_pass.depth > 0:
-            self.calls.append((jac_sq, units))
+            self.calls.append(_distributed.whole(jac_sq, units, self.spread))
 
     def _check_recomputation(self, jac_sq: Tensor) -> None:
         if jac_sq.requires_grad and self.calls and not any(recorded.requires_grad for recorded, _ in self.calls):
@@ -299,12 +354,12 @@ def active_record(module: nn.Module) -> JacobianRecord | ActivationRecords | Non
     Raises:
         RuntimeError: for a replica of :class:`torch.nn.DataParallel`.
     """
-    record = module.jacobian_record
+    record: JacobianRecord | ActivationRecords | None = getattr(module, "jacobian_record", None)
     # What an export would record are the fake tensors of its trace.
-    if record is None or torch.compiler.is_exporting():
+    if record is None or torch.compiler.is_exporting() or not record.forward_pass.is_listening:
         return None
     refuse_replica(module)
-    return record  # type: ignore[return-value]
+    return record
 
 
 def _over_positions(tap_sq: Tensor, spatial: int) -> Tensor:

@@ -25,7 +25,7 @@ def _public_op(name: str) -> PublicOp:
     """What the room of this name offers: a room, its public function and its definition bear the same name."""
     op = import_module(f"{__name__}.{name}.op")
     definition = import_module(f"{__name__}.{name}.definition")
-    return PublicOp(getattr(op, name), op.check, getattr(definition, name))
+    return PublicOp(getattr(op, name), op.check, getattr(definition, name), getattr(op, "how", None))
 
 
 PUBLIC_OPS: dict[str, PublicOp] = {name: _public_op(name) for name in _ROOMS}

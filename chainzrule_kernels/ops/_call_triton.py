@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -113,14 +114,24 @@ def of_tile(kernel: Any, tile: Tile, lanes: int = 64 if torch.version.hip else 3
     Args:
         kernel: the Triton function.
         tile: the tile.
-        lanes: threads of a warp: 64 on the AMD GPUs in question. A program has as many threads everywhere.
+        lanes: threads of a warp: 64 on the AMD GPUs in question. A program has as many threads everywhere, except that
+            on AMD a shifted tile has twice as many: its masks are in scalar registers, of which there are few.
     """
-    options = {
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "VECTOR": tile.vector,
-        "SHIFTED": tile.shifted,
-        "UNROLL": tile.unroll,
-    }
-    taken = {name: value for name, value in options.items() if name in kernel.arg_names}
-    return {**taken, "num_warps": tile.warps * 32 // lanes, "enable_fp_fusion": True}
+    taken = {name: value for name, value in tile.constants.items() if name in kernel.arg_names}
+    options = tile.options
+    warps = tile.warps * 32 // lanes
+    if lanes == 64:
+        options.pop("maxnreg", None)
+        warps *= 2 if tile.shifted else 1
+    return {**taken, "num_warps": warps, "enable_fp_fusion": True, **options}
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """What the device is called by :func:`chainzrule_kernels.inspection.inspect`; in the interpreter an ``sm_80``."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

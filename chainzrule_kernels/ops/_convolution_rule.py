@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chainzrule_kernels.ops._convolution import Geometry, Numbers, Padding, dtype_of_convolution, geometry
+
 MAX_WINDOW = 32
 """Largest size of the window: the main loop keeps one bit for each of its rows and columns."""
 
@@ -92,9 +94,8 @@ class Problem:
         """Spatial sizes of ``y``."""
         if self.padding is None:
             raise ValueError("padding: expected the same on both sides")
-        reach = [step * (taps - 1) + 1 for taps, step in zip(self.window, self.dilation, strict=True)]
-        geometry = zip(self.size, reach, self.padding, self.stride, strict=True)
-        return tuple((size + 2 * pad - width) // stride + 1 for size, width, pad, stride in geometry)
+        where = Geometry(self.stride, tuple((size, size) for size in self.padding), self.dilation)
+        return tuple(where.out_size(self.size, self.window))
 
     @property
     def itemsize(self) -> int:
@@ -114,32 +115,34 @@ def tile_columns(filters: int) -> int:
 
 
 def problem(
-    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    x: Tensor, weight: Tensor, stride: Numbers = 1, padding: Padding = 0, dilation: Numbers = 1, groups: int = 1
 ) -> Problem:
     """What the rule needs to know of a call.
 
     Args:
         x: ``(B, C, *spatial)``, or without ``B``; one or two spatial dimensions, as ``weight`` has.
         weight: ``(K, C / groups, *window)``.
-        stride: a number, or one for each spatial dimension.
-        padding: likewise, ``"same"`` or ``"valid"``; or a pair for each dimension.
-        dilation: like ``stride``.
+        stride: as the public ops take it, and so the others.
+        padding: likewise.
+        dilation: likewise.
         groups: as in :func:`torch.nn.functional.conv2d`.
     """
     spatial = weight.dim() - 2
-    window, dilations = tuple(weight.shape[2:]), _each(dilation, spatial)
+    window = tuple(weight.shape[2:])
+    where = geometry(window, stride, padding, dilation)
+    uneven = any(before != after for before, after in where.padding)
     batched = x.dim() == weight.dim()
     return Problem(
-        arithmetic=arithmetic(x.dtype),
+        arithmetic=arithmetic(dtype_of_convolution(x)),
         batch=x.shape[0] if batched else 1,
         channels=x.shape[1 if batched else 0],
         filters=weight.shape[0],
         groups=groups,
         size=tuple(x.shape[-spatial:]),
         window=window,
-        padding=_paddings(padding, window, dilations),
-        stride=_each(stride, spatial),
-        dilation=dilations,
+        padding=None if uneven else tuple(before for before, _ in where.padding),
+        stride=where.stride,
+        dilation=where.dilation,
         channels_innermost=x.stride(-spatial - 1) == 1 and not x.is_contiguous(),
     )
 
@@ -151,6 +154,7 @@ def arithmetic(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def tf32_allowed() -> bool:
     """Whether PyTorch lets convolutions round float32 to TF32.
 
@@ -170,18 +174,18 @@ def cannot(call: Problem) -> str | None:
     """Why the fused kernel does not take a call; None when it does."""
     vector = _VECTORS.get(call.arithmetic)
     if vector is None:
-        return f"it takes bfloat16, float16 and float32, and x is {call.arithmetic}"
+        return _say("it takes bfloat16, float16 and float32, and x is {}", call.arithmetic)
     if call.groups != 1:
-        return f"it takes one group, and there are {call.groups}"
+        return _say("it takes one group, and there are {}", call.groups)
     if call.padding is None:
         return "it takes the same padding on both sides"
     for name, count in (("channels of x", call.channels), ("filters", call.filters)):
         if count == 0 or count % vector != 0:
-            return f"in {call.arithmetic} it takes a multiple of {vector} {name}, and there are {count}"
+            return _say("in {} it takes a multiple of {} {}, and there are {}", call.arithmetic, vector, name, count)
     if any(size > MAX_WINDOW for size in call.window):
-        return f"it takes windows of at most {MAX_WINDOW} taps in each direction, and this is {_times(call.window)}"
+        return _say("it takes windows of at most {} taps in each direction, and this is {}", MAX_WINDOW, call.window)
     if min(call.out_size) < 1:
-        return f"the window does not fit into x of size {_times(call.size)}"
+        return _say("the window does not fit into x of size {}", call.size)
     largest = max(
         call.channels * _product(call.size),
         call.filters * _product(call.out_size),
@@ -216,20 +220,23 @@ def not_worthwhile(call: Problem, capability: tuple[int, int], multiprocessors: 
     if not call.channels_innermost:
         return "x is not in channels_last: the fused kernel would copy x and its results"
     if not torch.compiler.is_compiling() and call.tiles < multiprocessors:
-        return f"it has {call.tiles} thread blocks for {multiprocessors} multiprocessors, too few to fill the device"
+        return _say("it has {} thread blocks for {} multiprocessors, too few to fill them", call.tiles, multiprocessors)
     if call.arithmetic == "float32":
         if _product(call.window) > 1:
-            return f"in float32 the library multiplies less for a window of {_times(call.window)} (Winograd)"
+            return _say("in float32 the library multiplies less for a window of {} (Winograd)", call.window)
         return None
     if capability[0] in WITHOUT_FIGURES:
-        return f"sm_{capability[0]}{capability[1]} has faster tensor-core instructions, which only the library uses"
+        return _say("sm_{}{} has faster tensor-core instructions, which only the library uses", *capability)
     if capability[0] in CAPABILITIES:
         bound = worthwhile_products(CAPABILITIES[capability[0]])
         products = call.channels * _product(call.window)
         if products > bound:
-            return (
-                f"{products} products for each output, and beyond {bound} the library's faster instructions "
-                f"on sm_{capability[0]}{capability[1]} outweigh what fusing saves"
+            return _say(
+                "{} products for each output, and beyond {} the library's faster instructions on sm_{}{} outweigh what "
+                "fusing saves",
+                products,
+                bound,
+                *capability,
             )
     return None
 
@@ -240,28 +247,6 @@ def worthwhile_products(capability: Capability) -> int:
     return int(itemsize * capability.operations_for_each_byte / (2 * (1 / capability.share - 1)))
 
 
-def _each(value: Any, spatial: int) -> tuple[int, ...]:
-    """A number for each spatial dimension."""
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * spatial if len(numbers) == 1 else numbers
-
-
-def _paddings(padding: Any, window: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The padding on each side, for each spatial dimension; None if it differs between the sides."""
-    if padding == "valid":
-        return (0,) * len(window)
-    if padding == "same":
-        total = [step * (taps - 1) for taps, step in zip(window, dilation, strict=True)]
-        return None if any(value % 2 for value in total) else tuple(value // 2 for value in total)
-    if isinstance(padding, int):
-        return (padding,) * len(window)
-    sides = [(value, value) if isinstance(value, int) else tuple(value) for value in padding]
-    if any(before != after for before, after in sides):
-        return None
-    numbers = tuple(before for before, _ in sides)
-    return numbers * len(window) if len(numbers) == 1 else numbers
-
-
 def _product(sizes: tuple[int, ...]) -> int:
     result = 1
     for size in sizes:
@@ -269,5 +254,8 @@ def _product(sizes: tuple[int, ...]) -> int:
     return result
 
 
-def _times(sizes: tuple[int, ...]) -> str:
-    return " x ".join(str(size) for size in sizes)
+def _say(reason: str, *values: Any) -> str:
+    """The reason with its numbers; without them while ``torch.compile`` traces, to which they may be symbols."""
+    if torch.compiler.is_compiling():
+        return reason
+    return reason.format(*(" x ".join(map(str, value)) if isinstance(value, tuple) else value for value in values))

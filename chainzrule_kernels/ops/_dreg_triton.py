@@ -53,7 +53,9 @@ def _forward(
         rows, columns = 1, z.numel()
         plan, tiles = _launch.flat_plan(columns, itemsize), _launch.flat_tiles(itemsize)
     else:
-        plan, tiles = _launch.forward_plan(rows, columns, itemsize), _launch.forward_tiles(itemsize)
+        activation = coeffs is None
+        plan = _launch.forward_plan(rows, columns, itemsize, activation)
+        tiles = _launch.forward_tiles(itemsize, activation)
     parts = norm
     if norm is not None and plan.splits > 1:
         parts = norm.new_empty(rows, plan.splits)
@@ -80,7 +82,7 @@ def _forward(
     return y_and_derivative
 
 
-def _backward(
+def backward(
     z: Tensor,
     row_sq: Tensor | None,
     coeffs: Tensor | None,
@@ -154,9 +156,10 @@ def _backward(
     )
 
 
-def _dreg(
+def dreg(
     z: Tensor, row_sq: Tensor | None, coeffs: Tensor | None, kind: str, return_derivative: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, jac_sq, derivative)``, the last one empty unless it is asked for."""
     norm = z.new_empty(z.shape[:-1], dtype=compute_dtype(z))
     y, derivative = _forward(z, row_sq, coeffs, kind, norm, return_derivative)
     return y, norm, derivative
@@ -171,7 +174,7 @@ def polynomial_dreg(
     z: Tensor, row_sq: Tensor | None, coeffs: Tensor, return_derivative: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_dreg``."""
-    return _dreg(z, row_sq, coeffs, "polynomial", return_derivative)
+    return dreg(z, row_sq, coeffs, "polynomial", return_derivative)
 
 
 def polynomial_dreg_backward(
@@ -187,14 +190,14 @@ def polynomial_dreg_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_dreg_backward``."""
     grads = (grad_y, grad_jac_sq, grad_derivative)
-    return _backward(z, row_sq, coeffs, "polynomial", grads, (needs_z, needs_row_sq, needs_coeffs))
+    return backward(z, row_sq, coeffs, "polynomial", grads, (needs_z, needs_row_sq, needs_coeffs))
 
 
 def activation_dreg(
     z: Tensor, row_sq: Tensor | None, kind: str, return_derivative: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``activation_dreg``."""
-    return _dreg(z, row_sq, None, kind, return_derivative)
+    return dreg(z, row_sq, None, kind, return_derivative)
 
 
 def activation_dreg_backward(
@@ -209,5 +212,5 @@ def activation_dreg_backward(
 ) -> tuple[Tensor, Tensor]:
     """The operator ``activation_dreg_backward``."""
     grads = (grad_y, grad_jac_sq, grad_derivative)
-    dz, drow_sq, _ = _backward(z, row_sq, None, kind, grads, (needs_z, needs_row_sq, False))
+    dz, drow_sq, _ = backward(z, row_sq, None, kind, grads, (needs_z, needs_row_sq, False))
     return dz, drow_sq

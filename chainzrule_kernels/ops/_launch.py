@@ -41,12 +41,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 PROGRAMS = 2048
 NARROW_COLUMNS = 64
 WIDE_COLUMNS = 2048
 SHIFTED_COLUMNS = 65
 ADDITIONS = 64
+# Of a thread: three programs of 128 threads for each multiprocessor.
+REGISTERS = 168
 # Of a run of rows that leaves one sum for each channel: enough for the sums to be small beside the data.
 ROWS_PER_SUM = 64
 
@@ -62,6 +65,8 @@ class Tile:
         shifted: whether rows are read from the boundary before their first element.
         unroll: tiles above one another that are loaded at once.
         warps: of a program, at 32 threads each.
+        registers: that a thread may have on an NVIDIA GPU; None leaves it to the assembler, which now and then spills a
+            few rather than run one program less at a time.
     """
 
     rows: int
@@ -70,12 +75,29 @@ class Tile:
     shifted: bool = False
     unroll: int = 1
     warps: int = 4
+    registers: int | None = None
 
     @property
     def name(self) -> str:
         """Short, for tables."""
         way = "shifted" if self.shifted else "aligned" if self.vector > 1 else "single"
         return f"{self.rows}x{self.columns} {way}"
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What a kernel may want to know of it, by the name of its parameter."""
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "VECTOR": self.vector,
+            "SHIFTED": self.shifted,
+            "UNROLL": self.unroll,
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler for NVIDIA GPUs is told beside the number of warps."""
+        return {} if self.registers is None else {"maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -135,11 +157,22 @@ def _choose(tiles: dict[str, Tile], rows: int, columns: int, programs: int) -> T
 
 
 def _forward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
+    """Polynomials."""
     # Four vectors for each thread, or eight elements where there are no vectors.
     return {
         "narrow": Tile(16 * vector, 32, vector) if vector > 1 else Tile(128, 8, vector),
         "middle": Tile(2 * vector, 256, vector, shifted),
         "wide": Tile(1, 512 * vector, vector, shifted),
+    }
+
+
+def _tiles_of_two_vectors(vector: int, shifted: bool) -> dict[str, Tile]:
+    """The forward of activations, which need registers for more than the polynomial does, and every backward."""
+    # Two vectors for each thread, or four elements.
+    return {
+        "narrow": Tile(8 * vector, 32, vector) if vector > 1 else Tile(64, 8, 1),
+        "middle": Tile(vector, 256, vector, shifted),
+        "wide": Tile(1, 256 * vector, vector, shifted, registers=REGISTERS if shifted else None),
     }
 
 
@@ -152,16 +185,18 @@ def _vector_and_shift(columns: int, itemsize: int) -> tuple[int, bool]:
 
 
 @lru_cache(maxsize=4096)
-def forward_plan(rows: int, columns: int, itemsize: int) -> Plan:
+def forward_plan(rows: int, columns: int, itemsize: int, activation: bool = False) -> Plan:
     """For a pass with the same function for all channels that sums over the channels of each row.
 
     Args:
         rows: samples.
         columns: channels.
         itemsize: of an element, in bytes.
+        activation: whether the function is a fixed activation.
     """
     vector, shifted = _vector_and_shift(columns, itemsize)
-    tile = _choose(_forward_tiles(vector, shifted), rows, columns, PROGRAMS)
+    tiles = _tiles_of_two_vectors if activation else _forward_tiles
+    tile = _choose(tiles(vector, shifted), rows, columns, PROGRAMS)
     blocks = max(1, _ceil_div(rows, tile.rows))
     # Whole rows for each program, if that makes programs enough.
     parts = 1 if 4 * blocks >= PROGRAMS else _ceil_div(PROGRAMS, blocks)
@@ -169,9 +204,9 @@ def forward_plan(rows: int, columns: int, itemsize: int) -> Plan:
     return _cut(rows, columns, tile, min(_ceil_div(steps, parts), ADDITIONS), 1)
 
 
-def forward_tiles(itemsize: int) -> list[Tile]:
+def forward_tiles(itemsize: int, activation: bool = False) -> list[Tile]:
     """Every tile that :func:`forward_plan` can choose."""
-    return _with_and_without_shift(_forward_tiles, itemsize)
+    return _with_and_without_shift(_tiles_of_two_vectors if activation else _forward_tiles, itemsize)
 
 
 def _with_and_without_shift(tiles: Callable[[int, bool], dict[str, Tile]], itemsize: int) -> list[Tile]:
@@ -197,16 +232,6 @@ def flat_tiles(itemsize: int) -> list[Tile]:
 # ---- the backward of *_dreg and *_tangent ----------------------------------------------------------------------------
 
 
-def _backward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
-    """Sums over everything, or none."""
-    # Two vectors for each thread, or four elements.
-    return {
-        "narrow": Tile(8 * vector, 32, vector) if vector > 1 else Tile(64, 8, vector),
-        "middle": Tile(vector, 256, vector, shifted),
-        "wide": Tile(1, 256 * vector, vector, shifted),
-    }
-
-
 @lru_cache(maxsize=4096)
 def backward_plan(rows: int, columns: int, itemsize: int, sums: bool) -> Plan:
     """For a backward without anything that belongs to a channel.
@@ -218,7 +243,7 @@ def backward_plan(rows: int, columns: int, itemsize: int, sums: bool) -> Plan:
         sums: whether every program leaves a sum for each coefficient.
     """
     vector, shifted = _vector_and_shift(columns, itemsize)
-    tile = _choose(_backward_tiles(vector, shifted), rows, columns, PROGRAMS)
+    tile = _choose(_tiles_of_two_vectors(vector, shifted), rows, columns, PROGRAMS)
     return _shared(rows, columns, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
 
 
@@ -232,7 +257,7 @@ def _shared(rows: int, columns: int, tile: Tile, programs: int) -> Plan:
 
 def backward_tiles(itemsize: int) -> list[Tile]:
     """Every tile that :func:`backward_plan` can choose."""
-    return _with_and_without_shift(_backward_tiles, itemsize)
+    return _with_and_without_shift(_tiles_of_two_vectors, itemsize)
 
 
 @lru_cache(maxsize=4096)
@@ -256,10 +281,9 @@ def _channel_tiles(vector: int, itemsize: int, degree: int) -> dict[str, Tile]:
     # several narrow rows for every warp. What a tile lacks in loads in flight, unrolling makes up for.
     whole = 16 // itemsize
     unroll = 4 if degree <= 4 else 2
-    return {
-        "narrow": Tile(4 * whole, 32, vector, unroll=unroll) if vector > 1 else Tile(32, 8, vector, unroll=unroll),
-        "middle": Tile(4, 32 * whole if vector > 1 else 64, vector, unroll=unroll),
-    }
+    narrow = Tile(4 * whole, 32, vector, unroll=unroll) if vector > 1 else Tile(32, 8, vector, unroll=unroll)
+    middle = Tile(4, 32 * whole if vector > 1 else 64, vector, unroll=unroll)
+    return {"narrow": narrow, "middle": middle}
 
 
 @lru_cache(maxsize=4096)
@@ -292,7 +316,7 @@ def channel_tiles(itemsize: int, degree: int) -> list[Tile]:
 def _tangent_tiles(vector: int) -> dict[str, Tile]:
     if vector == 1:
         return {"narrow": Tile(64, 8, 1), "middle": Tile(4, 64, 1), "wide": Tile(1, 512, 1)}
-    return _backward_tiles(vector, False)
+    return _tiles_of_two_vectors(vector, False)
 
 
 def _tangent_backward_tiles(vector: int) -> dict[str, Tile]:
@@ -335,3 +359,114 @@ def tangent_tiles(itemsize: int) -> list[Tile]:
 def tangent_backward_tiles(itemsize: int) -> list[Tile]:
     """Every tile that :func:`tangent_backward_plan` can choose."""
     return [*_tangent_backward_tiles(16 // itemsize).values(), *_tangent_backward_tiles(1).values()]
+
+
+# ---- a matrix product with the function in its epilogue --------------------------------------------------------------
+
+FULL_PRODUCT_TILES = 128
+TENSOR_CORE_BALANCE = 128
+PRODUCT_EFFICIENCY = 0.8
+DEGREE_PER_CHANNEL = 4
+
+
+@dataclass(frozen=True)
+class ProductTile(Tile):
+    """A tile of ``x Wᵀ``.
+
+    Attributes:
+        inner: elements of a row of ``x`` and of ``W`` that are multiplied in one step.
+        stages: steps whose operands are in shared memory at once.
+        slices: parts of the tile, side by side, that the epilogue goes through one after another.
+        group: tiles above one another that follow each other.
+    """
+
+    inner: int = 32
+    stages: int = 2
+    slices: int = 8
+    group: int = 8
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        return f"{self.rows}x{self.columns}x{self.inner}"
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernel is compiled with, by the name of its parameter."""
+        return {**super().constants, "INNER": self.inner, "SLICES": self.slices, "GROUP": self.group}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told beside the number of warps."""
+        return {**super().options, "num_stages": self.stages}
+
+
+def product_tiles(itemsize: int, architecture: str) -> list[ProductTile]:
+    """The tiles of the product, for many rows and for few.
+
+    Args:
+        itemsize: of an element of ``x`` and ``W``, in bytes.
+        architecture: ``"sm_90"``, ``"gfx942"``, …
+
+    Shared memory decides: a step holds ``(rows + columns) · inner`` elements. Hopper and the datacentre Blackwell have
+    227 KB for a program, Ampere 163 KB, the other GPUs since then 99 KB, CDNA 64 KB. Eight slices keep a tile's values
+    and slopes in registers, beside its sums. [The figures are of shared memory and registers, not of times.]
+    """
+    row_bytes, stages = 64, 4
+    if architecture in ("sm_90", "sm_100", "sm_103"):
+        row_bytes, stages = 128, 4
+    elif architecture.startswith("gfx"):
+        row_bytes, stages = 128, 2
+    vector, inner = 16 // itemsize, row_bytes // itemsize
+    return [
+        ProductTile(128, 128, vector, warps=8, inner=inner, stages=stages),
+        ProductTile(64, 64, vector, warps=4, inner=inner, stages=stages, slices=4),
+    ]
+
+
+@lru_cache(maxsize=4096)
+def product_plan(rows: int, columns: int, itemsize: int, architecture: str) -> Plan:
+    """For ``x Wᵀ`` with ``rows`` samples and ``columns`` outputs: the large tile unless it would leave a GPU idle."""
+    large, small = product_tiles(itemsize, architecture)
+    enough = _ceil_div(rows, large.rows) * _ceil_div(columns, large.columns) >= FULL_PRODUCT_TILES
+    tile = large if enough else small
+    return Plan(tile, 1, _ceil_div(columns, tile.columns), 1, _ceil_div(rows, tile.rows))
+
+
+def why_no_epilogue(
+    columns: int, inner: int, itemsize: int, *, tensor_cores: bool, degree_per_channel: int, keeps_z: bool
+) -> str | None:
+    """Why a linear op runs as the library's product and one fused pass behind it; None for one kernel that does both.
+
+    Args:
+        columns: output features.
+        inner: input features.
+        itemsize: of an element, in bytes.
+        tensor_cores: whether the product may run on them: half precision, or float32 where PyTorch allows TF32.
+        degree_per_channel: of polynomials of the channels' own; 0 for anything else.
+        keeps_z: whether ``z`` is written for the backward.
+
+    The pass behind the product reads the ``z`` that the product has written: ``itemsize`` bytes for each element of
+    ``z``; where no backward follows, the epilogue saves the write as well, so twice that. The price is the library's
+    lead in the product itself, ``2 · inner`` operations for each element. With a product that runs at
+    ``PRODUCT_EFFICIENCY`` of the library's speed, on a GPU that does ``TENSOR_CORE_BALANCE`` operations in half
+    precision (half as many in TF32) in the time in which it moves a byte::
+
+        2 · inner · (1 / PRODUCT_EFFICIENCY - 1)  <=  saved bytes · balance
+
+    which is ``inner <= 512`` in training and ``inner <= 1024`` in inference. Both constants are assumptions, of the
+    order of what is published for Triton on an A100 and an H100; neither has been measured with this kernel.
+    """
+    vector = 16 // itemsize
+    if not tensor_cores:
+        return "a product without tensor cores costs far more than the round trip of z"
+    if inner % vector or columns % vector:
+        return f"rows of x, weight and y must be multiples of 16 bytes, {vector} features"
+    if degree_per_channel > DEGREE_PER_CHANNEL:
+        return f"polynomials of the channels' own above degree {DEGREE_PER_CHANNEL} leave registers for no tile"
+    saved = itemsize if keeps_z else 2 * itemsize
+    balance = TENSOR_CORE_BALANCE * 2 / itemsize
+    limit = int(saved * balance / (2 * (1 / PRODUCT_EFFICIENCY - 1)))
+    if inner > limit:
+        return f"with more than {limit} input features the library's faster product outweighs the round trip of z"
+    return None

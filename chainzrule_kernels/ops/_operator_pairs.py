@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from chainzrule_kernels._registration import Arrange, Operator, contiguous
-from chainzrule_kernels.functions import Activation, Polynomial, ScalarFunction, compute_dtype
+from chainzrule_kernels.functions import (
+    SAME_DERIVATIVES_AT_VALUE,
+    Activation,
+    Polynomial,
+    ScalarFunction,
+    compute_dtype,
+)
 from chainzrule_kernels.ops._dreg_calculus import Optional3
 from chainzrule_kernels.ops._terms import cast
 
@@ -89,6 +95,9 @@ def register_pair(
         if has_coeffs:
             return Polynomial(inputs[2].to(compute_dtype(inputs[0])))
         return Activation(next(value for value in inputs if isinstance(value, str)))
+
+    def value_stands_in(inputs: tuple[Any, ...]) -> bool:
+        return not has_coeffs and inputs[2] in SAME_DERIVATIVES_AT_VALUE
 
     def computed(z: Tensor, values: Sequence[Tensor | None]) -> Any:
         """The tensors in the dtype in which an op on ``z`` computes; absent ones stay absent."""
@@ -196,6 +205,7 @@ def register_pair(
         vjp=forward_vjp,
         jvp=forward_jvp,
         arrange=arrange,
+        stands_in=value_stands_in,
     )
     arguments = [
         "Tensor z",

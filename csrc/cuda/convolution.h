@@ -3,8 +3,8 @@
 //   s = conv(x, W) + b,   y = p(s),   row_sums = the sums over a tile's channels of p'(s)^2 g,   g = tap_sq
 //
 // x is (batch, height, width, channels), W (filters, kernel_height, kernel_width, channels), y and s (batch, out_height,
-// out_width, filters), g (out_height, out_width, filters), all contiguous. The output is also seen as a matrix with a row for
-// each position of each sample and a column for each filter.
+// out_width, filters), g (out_height, out_width, filters), or (filters) for all positions, all contiguous. The output is also
+// seen as a matrix with a row for each position of each sample and a column for each filter.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -34,6 +34,7 @@ struct Convolution {
   int degree = 0;
   bool per_channel = false;
   const float* tap_sq = nullptr;  // null: g = 1
+  bool tap_sq_per_position = false;
 
   void* y = nullptr;
   void* s = nullptr;  // null: not wanted

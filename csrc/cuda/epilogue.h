@@ -54,6 +54,7 @@ class PolynomialEpilogue {
     int degree = 0;
     bool per_channel = false;
     const float* tap_sq = nullptr;
+    int tap_sq_stride = 0;  // from position to position
     Element* y = nullptr;
     Element* s = nullptr;
     float* row_sums = nullptr;
@@ -111,7 +112,7 @@ class PolynomialEpilogue {
           Floats& taps = taps_[row_index * Walk::kColumnAccesses + access];
           taps.fill(params_.tap_sq ? 0.f : 1.f);
           if (params_.tap_sq && row < params_.rows && column < params_.columns) {
-            taps = *reinterpret_cast<const AlignedFloats*>(params_.tap_sq + int64_t{position} * params_.columns + column);
+            fetch(params_.tap_sq + int64_t{position} * params_.tap_sq_stride + column, taps);
           }
         }
       }
@@ -172,6 +173,23 @@ class PolynomialEpilogue {
 
     CUTLASS_DEVICE Floats parameters(int which, int column_of_tile) const {
       return *reinterpret_cast<const AlignedFloats*>(&shared_.parameters[which][column_of_tile]);
+    }
+
+    CUTLASS_DEVICE static void fetch(const float* place, Floats& values) {
+      if constexpr (kVector % 4 == 0) {
+        // As an array the compiler would load them one by one.
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kVector; i += 4) {
+          const float4 four = *reinterpret_cast<const float4*>(place + i);
+          values[i] = four.x;
+          values[i + 1] = four.y;
+          values[i + 2] = four.z;
+          values[i + 3] = four.w;
+        }
+      } else {
+        static_assert(kVector == 1, "a vector is 16 bytes or one element");
+        values[0] = *place;
+      }
     }
 
     CUTLASS_DEVICE static void store(Element* place, const Floats& values, bool inside) {

@@ -134,6 +134,7 @@ struct ConvolutionKernel {
     epilogue.degree = c.degree;
     epilogue.per_channel = c.per_channel;
     epilogue.tap_sq = c.tap_sq;
+    epilogue.tap_sq_stride = c.tap_sq_per_position ? c.filters : 0;
     epilogue.y = static_cast<Element*>(c.y);
     epilogue.s = static_cast<Element*>(c.s);
     epilogue.row_sums = c.row_sums;

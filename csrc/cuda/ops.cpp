@@ -72,8 +72,8 @@ const float* floats(const OptionalTensor& tensor) {
   return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
 
-// Whether the channels of x (B, C, *spatial) are the innermost dimension. The outputs are then laid out likewise.
-bool channels_innermost(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous(); }
+// Whether the channels of feature maps (B, C, *spatial) lie side by side, as chainzrule_kernels/ops/_feature_maps.py has it.
+bool channels_innermost(const Tensor& maps) { return maps.size(1) > 1 && maps.stride(1) == 1 && !maps.is_contiguous(); }
 
 // The output matrix as a tensor (B, K, *spatial).
 Tensor arranged(const Tensor& matrix, bool innermost, bool one_dimensional) {
@@ -88,7 +88,7 @@ Tensor arranged(const Tensor& matrix, bool innermost, bool one_dimensional) {
 
 std::tuple<Tensor, Tensor, Tensor> polynomial_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                                           const Tensor& coeffs, const OptionalTensor& tap_sq, Integers stride,
-                                                          Integers padding, Integers dilation, bool with_norm, bool with_s,
+                                                          Integers padding, Integers dilation, bool with_norm, bool keep_s,
                                                           bool allow_tf32) {
   const bool one_dimensional = x.dim() == 3;
   STD_TORCH_CHECK(one_dimensional || x.dim() == 4, "chainzrule_kernels: expected x of shape (B, C, L) or (B, C, H, W)");
@@ -114,8 +114,10 @@ std::tuple<Tensor, Tensor, Tensor> polynomial_convolution(const Tensor& x, const
   const OptionalTensor coefficients = in_float32(coeffs);
   OptionalTensor taps;
   if (tap_sq && with_norm) {
-    const Tensor planes = with_two_dimensions(*tap_sq, 1);  // (K, P, Q)
-    taps = in_float32(torch::stable::transpose(torch::stable::transpose(planes, 0, 1), 1, 2));
+    // (K, P, Q) or (K,)
+    const bool per_position = tap_sq->dim() > 1;
+    const Tensor planes = per_position ? with_two_dimensions(*tap_sq, 1) : *tap_sq;
+    taps = in_float32(per_position ? torch::stable::transpose(torch::stable::transpose(planes, 0, 1), 1, 2) : planes);
   }
 
   Convolution c{};
@@ -144,15 +146,17 @@ std::tuple<Tensor, Tensor, Tensor> polynomial_convolution(const Tensor& x, const
   c.degree = narrowed(coeffs.size(0)) - 1;
   c.per_channel = coeffs.dim() == 2;
   c.tap_sq = floats(taps);
+  c.tap_sq_per_position = taps && tap_sq->dim() > 1;
   STD_TORCH_CHECK(!bias || bias->numel() == c.filters, "chainzrule_kernels: bias has the wrong shape");
   STD_TORCH_CHECK(!c.per_channel || coeffs.size(1) == c.filters, "chainzrule_kernels: coeffs has the wrong shape");
   const int64_t positions = int64_t{c.out_height} * c.out_width;
-  STD_TORCH_CHECK(!taps || taps->numel() == positions * c.filters, "chainzrule_kernels: tap_sq has the wrong shape");
+  STD_TORCH_CHECK(!taps || taps->numel() == (c.tap_sq_per_position ? positions : 1) * c.filters,
+                  "chainzrule_kernels: tap_sq has the wrong shape");
 
   const int64_t batch = x.size(0);
   const Integers sizes{batch, c.out_height, c.out_width, c.filters};
   const Tensor y = torch::stable::new_empty(x, sizes);
-  const Tensor s = torch::stable::new_empty(x, with_s ? sizes : Integers{0});
+  const Tensor s = torch::stable::new_empty(x, keep_s ? sizes : Integers{0});
   const Tensor jac_sq = torch::stable::new_empty(x, {with_norm ? batch : 0}, ScalarType::Float);
   const int tiles = (c.filters + columns_of_tile(c.filters) - 1) / columns_of_tile(c.filters);
   const int64_t rows = batch * positions;
@@ -168,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> polynomial_convolution(const Tensor& x, const
     c.batch = narrowed(std::min(samples, batch - first));
     c.x = static_cast<const char*>(x_rows.const_data_ptr()) + first * x_sample * item;
     c.y = static_cast<char*>(y.mutable_data_ptr()) + first * y_sample * item;
-    c.s = with_s ? static_cast<char*>(s.mutable_data_ptr()) + first * y_sample * item : nullptr;
+    c.s = keep_s ? static_cast<char*>(s.mutable_data_ptr()) + first * y_sample * item : nullptr;
     c.row_sums = with_norm ? static_cast<float*>(row_sums.mutable_data_ptr()) + first * positions : nullptr;
     const char* error = convolve(arithmetic, c, static_cast<cudaStream_t>(stream));
     STD_TORCH_CHECK(error == nullptr, "chainzrule_kernels: ", error);
@@ -178,8 +182,8 @@ std::tuple<Tensor, Tensor, Tensor> polynomial_convolution(const Tensor& x, const
                                     static_cast<float*>(jac_sq.mutable_data_ptr()), static_cast<cudaStream_t>(stream));
     STD_TORCH_CHECK(error == nullptr, "chainzrule_kernels: ", error);
   }
-  const bool innermost = channels_innermost(x);
-  return {arranged(y, innermost, one_dimensional), jac_sq, with_s ? arranged(s, innermost, one_dimensional) : s};
+  const bool innermost = channels_innermost(x) || channels_innermost(weight);
+  return {arranged(y, innermost, one_dimensional), jac_sq, keep_s ? arranged(s, innermost, one_dimensional) : s};
 }
 
 }  // namespace
@@ -188,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> polynomial_convolution(const Tensor& x, const
 STABLE_TORCH_LIBRARY(chainzrule_kernels_cuda, library) {
   library.def(
       "polynomial_convolution(Tensor x, Tensor weight, Tensor? bias, Tensor coeffs, Tensor? tap_sq, int[] stride, int[] padding, "
-      "int[] dilation, bool with_norm, bool with_s, bool allow_tf32) -> (Tensor y, Tensor jac_sq, Tensor s)");
+      "int[] dilation, bool with_norm, bool keep_s, bool allow_tf32) -> (Tensor y, Tensor jac_sq, Tensor s)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(chainzrule_kernels_cuda, CUDA, library) {

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 import chainzrule_kernels as ck
-from chainzrule_kernels.ops import _call_triton, _dreg_triton, _launch, _tangent_triton
+from chainzrule_kernels.ops import _call_triton, _dreg_triton, _launch, _linear_triton, _tangent_triton
 from chainzrule_kernels.ops.activation_dreg.op import operators as activation_dreg
+from chainzrule_kernels.ops.linear_activation_dreg.op import operator as linear_activation
+from chainzrule_kernels.ops.linear_polynomial_dreg.op import operator as linear_polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import operators as polynomial_dreg
 from chainzrule_kernels.ops.polynomial_tangent.op import operators as polynomial_tangent
 from chainzrule_kernels.testing import CASES, LAYOUTS, Case, Layout, measure
-from chainzrule_kernels.testing.layouts import contiguous
+from chainzrule_kernels.testing.layouts import channels_innermost, contiguous
 
-# The linear ops add nothing but PyTorch's matrix product.
-OWN = [case for case in CASES if not case.op.startswith("linear_")]
+# The linear ops have tests of their own below; convolutions are the library's, and end in the pass over feature maps.
+OWN = [case for case in CASES if not case.op.startswith(("linear_", "polynomial_conv"))]
 REPRESENTATIVE = [case for case in OWN if case.representative]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -153,6 +155,107 @@ def test_nothing_is_written_beyond_an_output(shape: tuple[int, ...], monkeypatch
         assert (buffer[:32] == 7.25).all()
         assert (buffer[-32:] == 7.25).all()
         assert (buffer[32:-32] != 7.25).all()
+
+
+# ---- feature maps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arrange", [contiguous, channels_innermost], ids=lambda arrange: arrange.__name__)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 8, 4, 4), (1, 5, 40), (9, 16, 3, 2, 5), (0, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "polynomial_spatial_dreg[degree 3, shared]",
+        "polynomial_spatial_dreg[degree 3, per channel, tap_sq]",
+        "polynomial_spatial_dreg[degree 3, per channel, tap_sq for each channel]",
+        "activation_spatial_dreg[mish, tap_sq]",
+    ],
+)
+def test_images(name: str, shape: tuple[int, ...], arrange: Any) -> None:
+    check(BY_NAME[name], Layout("image", shape, arrange), torch.float32)
+
+
+def test_a_convolution_ends_in_the_pass_over_images() -> None:
+    x, weight, coeffs = torch.randn(2, 4, 6, 5), torch.randn(8, 4, 3, 3) / 6, torch.randn(4, 8)
+    found = ck.polynomial_conv2d_dreg(x, weight, None, coeffs, padding=1)
+    expected = ck.reference.polynomial_conv2d_dreg(x.double(), weight.double(), None, coeffs.double(), padding=1)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+def test_images_keep_their_layout() -> None:
+    z = channels_innermost(torch.randn(2, 5, 3, 4)).requires_grad_()
+    y, _ = ck.polynomial_spatial_dreg(z, torch.randn(4, 5), torch.rand(5, 3, 4))
+    (dz,) = torch.autograd.grad(y.sum(), z)
+    assert y.stride() == z.stride() == dz.stride()
+
+
+# ---- the product with its epilogue -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule does not matter here; the interpreter has no tensor cores, so float32 stays float32."""
+    monkeypatch.setattr(_linear_triton, "why_no_epilogue", lambda *arguments: None)
+    monkeypatch.setattr(_launch, "FULL_PRODUCT_TILES", 2)
+
+
+# One tile and several of them, in both directions; fewer rows, columns and inner features than a tile, and more; rows
+# for more than one group.
+PRODUCTS = [(1, 8, 8), (5, 72, 40), (70, 200, 24), (300, 136, 64), (1200, 8, 16), (0, 8, 8)]
+
+
+@pytest.mark.usefixtures("in_epilogue")
+@pytest.mark.parametrize("form", ["shared", "per channel", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_product_with_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, form: str) -> None:
+    rows, columns, inner = shape
+    x, weight, bias = torch.randn(rows, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
+    row_sq = weight.square().sum(1)
+    coeffs = torch.randn((4, columns) if form == "per channel" else (4,))
+    room, function = (linear_activation, "gelu") if form == "gelu" else (linear_polynomial, coeffs)
+    inputs = (x.to(dtype), weight.to(dtype), bias.to(dtype) if columns > 8 else None, row_sq, function)
+    y, jac_sq, z = room(*inputs, True)
+    exact = tuple(value.double() if isinstance(value, Tensor) else value for value in inputs)
+    y_exact, jac_sq_exact, z_exact = room.definition(*exact, True)
+    # y comes from the sum in float32, not from the z that was stored: one rounding, not two.
+    eps = {torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-45}[dtype]
+    for found, expected, rounding in (
+        (y, y_exact, eps),
+        (z, z_exact, eps),
+        (jac_sq, jac_sq_exact, max(eps**2, 2.0**-20)),
+    ):
+        scale = expected.abs().max().item() if expected.numel() else 1.0
+        torch.testing.assert_close(found.double(), expected, rtol=1.01 * rounding, atol=2.0**-20 * scale)
+    again, jac_sq_again, no_z = room(*inputs, False)
+    assert torch.equal(y, again)
+    assert torch.equal(jac_sq, jac_sq_again)
+    assert no_z.numel() == 0
+
+
+LINEAR = [case for case in CASES if case.op.startswith("linear_") and case.representative]
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+def test_linear_ops_by_the_product_of_the_library(case: Case) -> None:
+    check(case, Layout("small", (2, 3, 40), contiguous), torch.float32)
+
+
+@pytest.mark.usefixtures("in_epilogue")
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+def test_linear_ops_in_one_kernel(case: Case) -> None:
+    check(case, Layout("small", (2, 3, 40), contiguous), torch.float32)
+
+
+def test_explain_tells_which_of_the_two() -> None:
+    x, weight, coeffs = torch.ones(2, 64), torch.ones(8, 64), torch.ones(4)
+    in_float32 = ck.explain("linear_polynomial_dreg", x, weight, None, coeffs)
+    assert "without tensor cores" in str(in_float32)
+    in_half = ck.explain("linear_polynomial_dreg", x.half(), weight.half(), None, coeffs)
+    assert "one kernel" in str(in_half)
+    assert ck.explain("linear_activation_dreg", x.half(), weight.half(), None, "gelu").how == in_half.how
+    assert ck.explain("polynomial", x, coeffs).how is None
 
 
 # ---- gradients that did not arrive, results that are not wanted ------------------------------------------------------

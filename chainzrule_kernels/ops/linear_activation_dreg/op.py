@@ -1,10 +1,15 @@
-"""The public function: the matrix product is the library's (oneDNN, cuBLAS), the fused pass behind it is ours."""
+"""The public function and the registered operator.
+
+On the CPU the matrix product is the library's, and behind it runs the operator of the pass over ``z``. On a GPU one
+operator does both, in one kernel or in two as :func:`chainzrule_kernels.ops._launch.why_no_epilogue` decides.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from chainzrule_kernels import _checks, backends
+from chainzrule_kernels.ops import _linear_operator
 from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
 from chainzrule_kernels.ops.activation_dreg.op import operators as dreg_operators
 from chainzrule_kernels.ops.linear_activation_dreg import definition
@@ -34,8 +39,14 @@ def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind:
     the parameters only ``z`` is saved for the backward.
     """
     check(x, weight, bias, kind)
-    if backends.choose("linear_activation_dreg", x) == "reference":
+    chosen = backends.choose("linear_activation_dreg", x)
+    if chosen == "reference":
         return definition.linear_activation_dreg(x, weight, bias, kind)
+    if chosen == "triton":
+        row_sq = squared_row_norms(weight, x)
+        keep_z = _linear_operator.keeps_z(x, weight, bias)
+        y, jac_sq, _ = operator(*_linear_operator.operands(x, weight, bias), row_sq, kind, keep_z)
+        return y, jac_sq
     z = linear_in_dtype_of_x(x, weight, bias)
     y, jac_sq, _ = dreg_operators.forward(z, squared_row_norms(weight, z), kind, False)
     return y, jac_sq
@@ -45,3 +56,11 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
     """Raise for arguments that :func:`linear_activation_dreg` cannot take."""
     _checks.check_linear(x, weight, bias)
     _checks.check_kind(kind)
+
+
+def how(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> str:
+    """How the Triton kernels would run the call, for :func:`chainzrule_kernels.explain`."""
+    return _linear_operator.how(x, weight, bias, None)
+
+
+operator = _linear_operator.register_linear("linear_activation_dreg", has_coeffs=False, dreg=dreg_operators)

@@ -1,4 +1,9 @@
-"""``z = x Wᵀ + b``, ``y = p(z)``, ``jac_sq = ‖diag(p'(z)) W‖_F²``, in plain PyTorch."""
+"""``z = x Wᵀ + b``, ``y = p(z)``, ``jac_sq = ‖diag(p'(z)) W‖_F²``, in plain PyTorch.
+
+Here ``y`` comes from ``z`` in the dtype of the data. A kernel may take ``y`` and ``jac_sq`` from the sum in float32,
+before it is rounded for storage, as the one with an epilogue does; the backward sees the stored ``z`` in either case
+[a choice of this package]. Both stay within the same allowance of the exact values.
+"""
 
 from __future__ import annotations
 
