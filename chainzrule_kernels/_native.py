@@ -1,7 +1,7 @@
 """Loads the compiled CPU module, or says why there is none.
 
-The import of ``chainzrule_kernels._cpu`` registers its kernels with the operators' CPU key (``csrc/cpu/ops.cpp``), and
-``ops/_convolution_cpu.py`` the convolution's, which is written in Python around two of them. From Python the module only
+The import of ``chainzrule_kernels._cpu`` registers its kernels with the operators' CPU key (``csrc/cpu/ops.cpp``);
+``ops/_convolution_cpu.py`` adds the convolution's, written in Python around two of them. From Python the module only
 answers what it was built for.
 """
 
