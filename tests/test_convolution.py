@@ -13,7 +13,7 @@ from shared import FULLEST, Recorder, assert_same, differentiate, each, gradient
 from torch import Tensor
 
 import chainzrule_kernels as ck
-from chainzrule_kernels.ops import _convolution_cpu
+from chainzrule_kernels.ops import _convolution, _convolution_cpu
 from chainzrule_kernels.testing.accuracy import error_of
 from chainzrule_kernels.testing.cases import Case
 from chainzrule_kernels.testing.layouts import channels_innermost
@@ -245,3 +245,20 @@ def test_derivatives_of_an_operator_that_kept_nothing(case: Case, device: str) -
         found.append(torch.autograd.grad(loss, wanted))
     assert len(found[0]) == count
     assert_same(*found)
+
+
+def test_on_the_meta_device_there_are_shapes_and_nothing_else() -> None:
+    x, weight, coeffs = (torch.empty(shape, device="meta") for shape in ((2, 3, 5, 6), (4, 3, 3, 3), (4,)))
+    y, jac_sq = ck.polynomial_conv2d_dreg(x, weight, None, coeffs, padding=1)
+    assert (y.shape, jac_sq.shape, y.device.type) == ((2, 4, 5, 6), (2,), "meta")
+
+
+def test_the_squared_taps_are_summed_in_float32_under_autocast() -> None:
+    # By matrix products, which autocast would round.
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3)
+    x = torch.randn(2, 3, 5, 6)
+    where = _convolution.geometry((3, 3), 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _convolution.squared_taps(weight, x, where)
+    assert torch.equal(found, _convolution.squared_taps(weight, x, where))
