@@ -174,7 +174,7 @@ BOUNDS: tuple[Bound, ...] = (
     *_training_steps("transformer block"),
     *_training_steps(
         "convolutional",
-        "the squared taps of each convolution and their gradient cost 0.5 ms a layer at any batch size; the relu pass 0.2",
+        "each convolution's squared taps and their gradient cost 0.5 ms whatever the batch; the relu pass 0.2 more",
     ),
     Bound(
         "polynomial_conv2d forward: time over F.conv2d alone, the worst layer",
