@@ -163,6 +163,7 @@ def test_a_batch_of_several_blocks(
     shapes = {"x": (7, 16, 40, 41), "weight": (48, 16, 3, 3), "bias": (48,), "coeffs": (4, 48) if per_channel else (4,)}
     tensors = {name: torch.randn(shape, generator=numbers) / 4 for name, shape in shapes.items()}
     samples = {1: 7, 4: 2, 7: 1}[blocks]
+    monkeypatch.setattr(_convolution_cpu, "ELEMENTS_AT_ONCE", samples * 48 * 40 * 41)
     monkeypatch.setattr(_convolution_cpu, "ELEMENTS_PER_BLOCK", samples * 48 * 40 * 41)
     tensors = {name: value.to(device, dtype) for name, value in tensors.items()}
     tensors["x"] = arrange(tensors["x"])

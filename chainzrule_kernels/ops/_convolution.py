@@ -43,10 +43,13 @@ class Geometry:
 
     def out_size(self, size: Sequence[int], window: Sequence[int]) -> list[int]:
         """The spatial sizes of the result."""
-        geometry = zip(size, window, self.stride, self.padding, self.dilation, strict=True)
-        return [
-            (length + sum(pair) - step * (taps - 1) - 1) // stride + 1 for length, taps, stride, pair, step in geometry
-        ]
+        where = zip(size, window, self.stride, self.padding, self.dilation, strict=True)
+        return [out_size(length, taps, stride, sum(pair), apart) for length, taps, stride, pair, apart in where]
+
+
+def out_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """How many windows there are in one dimension; ``padding`` on both sides together."""
+    return (size + padding - dilation * (taps - 1) - 1) // stride + 1
 
 
 def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation: Numbers) -> Geometry:

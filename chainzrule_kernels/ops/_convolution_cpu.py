@@ -1,9 +1,9 @@
 """The CPU kernel of ``polynomial_convolution``: the library's convolution by blocks, and behind each the compiled pass.
 
 A block is as many samples as fit into the cache: their sums ``s`` are still there when the polynomial, its derivative
-and the norm are taken, and what is written to memory is ``y``, and ``s`` where it is kept. A batch that fits as a whole
-is one call of the library; in inference ``y`` then takes the place of ``s``. Half precision is convolved in float32,
-block by block. How the batch is cut depends on the shapes alone.
+and the norm are taken, and what is written to memory is ``y``, and ``s`` where it is kept. A batch that hardly leaves
+the cache is one call of the library; in inference ``y`` then takes the place of ``s``. Half precision is convolved in
+float32, block by block. How the batch is cut depends on the shapes alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from chainzrule_kernels._registration import library
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.ops._convolution import convolved, without_autocast
 from chainzrule_kernels.ops._convolution_operator import innermost, out_shape
+
+ELEMENTS_AT_ONCE = 1 << 22
+"""Of the result of one call for the whole batch: 16 MiB of float32. A block would be copied to its place in ``y``."""
 
 ELEMENTS_PER_BLOCK = 1 << 21
 """Of the result: 8 MiB of float32, which a third-level cache holds. Smaller blocks cost more calls than they save."""
@@ -37,19 +40,20 @@ def polynomial_convolution(
     batch = shape[0]
     channels_last = innermost(x, weight)
     jac_sq = x.new_empty(batch if with_norm else 0, dtype=dtype)
-    block = max(1, min(ELEMENTS_PER_BLOCK // max(1, math.prod(shape[1:])), batch))
+    per_sample = max(1, math.prod(shape[1:]))
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype).contiguous()
     coeffs = coeffs.to(dtype).contiguous()
     tap_sq = None if tap_sq is None else tap_sq.to(dtype)
     with without_autocast(x.device):
-        if block == batch and x.dtype == dtype:
+        if x.dtype == dtype and 0 < batch * per_sample <= ELEMENTS_AT_ONCE:
             s = _laid_out(convolved(x, weight, bias, *where), channels_last)
             y = _empty(x, shape, channels_last) if keep_s else s
             _private._polynomial_convolution_block(s, tap_sq, coeffs, y, jac_sq if with_norm else None, None)
             return y, jac_sq, s if keep_s else x.new_empty(0)
         y = _empty(x, shape, channels_last)
         s = _empty(x, shape, channels_last) if keep_s else x.new_empty(0)
+        block = max(1, min(ELEMENTS_PER_BLOCK // per_sample, batch))
         convolve = _block_convolution(x, weight, bias, block, channels_last, *where)
         for begin in range(0, batch, block):
             count = min(block, batch - begin)
