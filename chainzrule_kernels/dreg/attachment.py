@@ -22,6 +22,7 @@ class Attachment:
     """What a regulariser has put on the modules of a model.
 
     Args:
+        model: the regularised model.
         layers: the layers to record.
         forward_pass: the regulariser's.
         with_norms: whether row norms count; otherwise every layer is recorded for its activation alone.
@@ -33,7 +34,12 @@ class Attachment:
     """
 
     def __init__(
-        self, layers: Iterable[Layer], forward_pass: ForwardPass, with_norms: bool, start: nn.Module | None
+        self,
+        model: nn.Module,
+        layers: Iterable[Layer],
+        forward_pass: ForwardPass,
+        with_norms: bool,
+        start: nn.Module | None,
     ) -> None:
         self.records: list[JacobianRecord] = []
         self._forward_pass = forward_pass
@@ -62,6 +68,10 @@ class Attachment:
         self.start = None if start is None else Start(start, forward_pass)
         if self.start is not None:
             self._interceptions.append(self.start)
+        for module in model.modules():
+            # In evaluation they run as one kernel, past the modules inside, unless functions are watched.
+            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+                self._of_functions.setdefault(module, {})
         for module, records in self._of_functions.items():
             self._interceptions.append(WatchingFunctions(module, forward_pass, records))
 
@@ -70,7 +80,7 @@ class Attachment:
             record = JacobianRecord(self._forward_pass, layer.linear if self._with_norms else None)
             self._put(layer.owner, record)
             return record
-        record = JacobianRecord(self._forward_pass, None, spread=layer.linear)
+        record = JacobianRecord(self._forward_pass, None, spread=layer.linear, may_leave_input=layer.overwrites_unseen)
         self._records_of(layer).by_linear[layer.linear_name] = record
         return record
 
@@ -86,7 +96,7 @@ class Attachment:
                 self._put(layer.activation, records)
             else:
                 self._interceptions.append(
-                    RecordingActivation(layer.activation, self._forward_pass, layer.kind, records)
+                    RecordingActivation(layer.activation, self._forward_pass, layer.kind, records, layer.in_place)
                 )
         return records
 

@@ -30,6 +30,7 @@ from chainzrule_kernels.dreg.recognition import (
     TRANSPARENT_FUNCTIONS,
     ActivationCall,
     activation_of,
+    attributes_of,
     describe_call,
     is_batch_norm,
     is_closed,
@@ -84,6 +85,8 @@ class Layer:
         folds: whether ``‖W_j‖²`` of the linear map, scaled by a batch norm between, gives the norm of the layer's
             Jacobian. Otherwise only ``Σ_j f'(z_j)²`` is known, and ``note`` says why.
         note: where the weight stands, or why it is not taken into account.
+        in_place: whether the activation overwrites its input.
+        overwrites_unseen: whether it does and nothing else uses its input, which it may then as well leave as it is.
     """
 
     name: str
@@ -97,6 +100,8 @@ class Layer:
     kind: str | None
     folds: bool
     note: str
+    in_place: bool = False
+    overwrites_unseen: bool = False
 
     @property
     def batch_norm(self) -> nn.Module | None:
@@ -167,27 +172,40 @@ def discover(model: nn.Module) -> Discovery:
 
 
 @dataclass(eq=False)
+class _Memory:
+    """What is known of the memory of a tensor, which others may share.
+
+    Attributes:
+        overwritten_by: the sites that overwrite it.
+        is_followed: whether every use of it is known.
+    """
+
+    overwritten_by: list[_Site] = field(default_factory=list)
+    is_followed: bool = True
+
+
+@dataclass(eq=False)
 class _Value:
-    """What is known of a tensor in the model's forward. Two that are the same object share their memory.
+    """What is known of a tensor in the model's forward.
 
     Attributes:
         front: what stands in front of whoever takes this value, for the note.
         linear: the name of the linear map whose output this is, or None.
         between: what it went through since.
         lost: why the rows of the linear map do not give the Jacobian's norm; empty when they do.
-        overwritten_by: the sites that overwrite it.
+        memory: where it lies.
     """
 
     front: str
     linear: str | None = None
     between: tuple[Between, ...] = ()
     lost: str = ""
-    overwritten_by: list[_Site] = field(default_factory=list)
+    memory: _Memory = field(default_factory=_Memory)
 
     def through(self, item: Between, lost: str = "") -> _Value:
         # What a transparent module returns may be what it was given.
-        overwritten_by = self.overwritten_by if not item.is_norm else []
-        return _Value(self.front, self.linear, (*self.between, item), self.lost or lost, overwritten_by)
+        memory = _Memory() if item.is_norm else self.memory
+        return _Value(self.front, self.linear, (*self.between, item), self.lost or lost, memory)
 
 
 @dataclass
@@ -200,7 +218,7 @@ class _Site:
     call: ActivationCall
     value: _Value
     is_polynomial: bool = False
-    conflict: str = ""
+    is_seen_again: bool = False
 
 
 class _LocalTracer(fx.Tracer):
@@ -223,14 +241,27 @@ class _LocalTracer(fx.Tracer):
         return super().to_bool(obj) if self.guess is None else self.guess
 
 
-def _trace(module: nn.Module) -> fx.Graph | str:
-    """The graph of the module's own forward, or why there is none."""
+@dataclass(frozen=True)
+class _Trace:
+    """The trace of a module's own forward.
+
+    Attributes:
+        graph: what it calls.
+        is_whole: whether the forward can go no other way, and keeps nothing.
+    """
+
+    graph: fx.Graph
+    is_whole: bool
+
+
+def _trace(module: nn.Module) -> _Trace | str:
+    """The trace of the module's own forward, or why there is none."""
     if "forward" in module.__dict__:
         return "a forward was put on the instance"
-    try:
-        parameters = inspect.signature(type(module).forward).parameters.values()
-    except (TypeError, ValueError):
+    signature = _signature(module)
+    if signature is None:
         return "its forward has no signature"
+    parameters = signature.parameters.values()
     defaults = {
         parameter.name: parameter.default
         for parameter in parameters
@@ -241,10 +272,21 @@ def _trace(module: nn.Module) -> fx.Graph | str:
         try:
             with unchanged(module), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _LocalTracer(guess).trace(module, concrete_args=dict(defaults))
+                before = attributes_of(module)
+                graph = _LocalTracer(guess).trace(module, concrete_args=dict(defaults))
+                is_whole = guess is None and not defaults and attributes_of(module) == before
+                return _Trace(graph, is_whole)
         except Exception as error:  # a forward may do anything with what is not a tensor
             reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
     return reason
+
+
+def _signature(module: nn.Module) -> inspect.Signature | None:
+    """That of the forward of the module's class, ``self`` included; None where there is none, as in a scripted one."""
+    try:
+        return inspect.signature(type(module).forward)
+    except (TypeError, ValueError, AttributeError):
+        return None
 
 
 _IN_PLACE_OPERATORS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow})
@@ -258,7 +300,7 @@ class _Analysis:
         self.model = model
         self.modules = dict(model.named_modules())
         self.names = {module: name for name, module in self.modules.items()}
-        self.graphs: dict[nn.Module, fx.Graph | str] = {}
+        self.traces: dict[nn.Module, _Trace | str] = {}
         self.sites: list[_Site] = []
         self.reached: set[nn.Module] = set()
         self.running: set[nn.Module] = set()
@@ -309,14 +351,16 @@ class _Analysis:
             return other
         if module in self.running:  # a module that calls itself
             return other
-        graph = self._graph(module)
-        if isinstance(graph, str):
+        trace = self._trace(module)
+        if isinstance(trace, str):
+            for argument in arguments:
+                argument.memory.is_followed = False
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                self.opaque[name] = graph
+                self.opaque[name] = trace
             return other
         self.running.add(module)
         try:
-            result = self._follow(name, module, graph, arguments) or other
+            result = self._follow(name, module, trace, arguments) or other
             # What a subclass makes of the product with its weight is no longer that.
             return other if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else result
         finally:
@@ -326,32 +370,38 @@ class _Analysis:
         """What is inside a known module is no business of its own."""
         self.reached.update(module.modules())
 
-    def _graph(self, module: nn.Module) -> fx.Graph | str:
-        if module not in self.graphs:
-            self.graphs[module] = _trace(module)
-        return self.graphs[module]
+    def _trace(self, module: nn.Module) -> _Trace | str:
+        if module not in self.traces:
+            self.traces[module] = _trace(module)
+        return self.traces[module]
 
-    def _follow(self, name: str, module: nn.Module, graph: fx.Graph, arguments: list[_Value]) -> _Value | None:
+    def _follow(self, name: str, module: nn.Module, trace: _Trace, arguments: list[_Value]) -> _Value | None:
         values: dict[fx.Node, _Value] = {}
         given = iter(arguments)
         result: _Value | None = None
-        for node in graph.nodes:
+        for node in trace.graph.nodes:
             for used in node.all_input_nodes:
-                for site in values[used].overwritten_by:
-                    site.conflict = "it works in place, and what it overwrites is used again"
+                for site in values[used].memory.overwritten_by:
+                    site.is_seen_again = True
             if node.op == "placeholder":
                 values[node] = next(given, None) or _Value("nothing in front of it")
             elif node.op == "get_attr":
                 values[node] = _Value("a parameter in front of it")
             elif node.op == "call_module":
                 child = module.get_submodule(node.target)
-                # By position, as the forward of the child would take them.
-                passed = [*node.args, *node.kwargs.values()]
-                values[node] = self.call(child, [_value_of(argument, values) for argument in passed])
+                passed = _by_position(child, node)
+                inputs = [_value_of(argument, values) for argument in passed]
+                values[node] = self.call(child, inputs)
+                # A hook may keep what it is shown.
+                for shown in [*inputs, values[node]] if child._forward_hooks else inputs:
+                    if child._forward_hooks or child._forward_pre_hooks:
+                        shown.memory.is_followed = False
             elif node.op == "output":
                 result = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
             else:
                 values[node] = self._function(name, module, node, values)
+            if node in values and not trace.is_whole:
+                values[node].memory.is_followed = False
         return result
 
     def _function(self, name: str, module: nn.Module, node: fx.Node, values: dict[fx.Node, _Value]) -> _Value:
@@ -359,9 +409,10 @@ class _Analysis:
         label = getattr(function, "__name__", str(node.target))
         first = node.args[0] if node.args else node.kwargs.get("input")
         value = values.get(first) if isinstance(first, fx.Node) else None
-        other = _Value(f"the result of {label} in front of it")
         if value is None:
-            return other
+            return _Value(f"the result of {label} in front of it")
+        # It may be a view.
+        other = _Value(f"the result of {label} in front of it", memory=value.memory)
         call = describe_call(function, node.args, node.kwargs)
         if call is not None:
             return self._activation(_Site(name, module, None, call, value))
@@ -391,7 +442,7 @@ class _Analysis:
     def _activation(self, site: _Site) -> _Value:
         self.sites.append(site)
         if site.call.in_place:
-            site.value.overwritten_by.append(site)
+            site.value.memory.overwritten_by.append(site)
         return _Value(f"{self._label(site)} in front of it is an activation")
 
     def _polynomial(self, name: str, module: nn.Module, value: _Value) -> _Value:
@@ -426,7 +477,7 @@ class _Analysis:
                 name = f"{label} behind {site.value.linear}"
             key = (site.owner, site.call.name, site.value.linear)
             layer = self._layer(name, site)
-            reason = site.conflict or site.call.reason
+            reason = site.call.reason
             if not reason and (site.value.linear is not None or site.is_polynomial):
                 layers[key] = _combined(layers[key], layer) if key in layers else layer
                 continue
@@ -472,13 +523,33 @@ class _Analysis:
             kind=site.call.kind,
             folds=value.linear is not None and not value.lost,
             note=note,
+            in_place=site.call.in_place,
+            overwrites_unseen=site.call.in_place and value.memory.is_followed and not site.is_seen_again,
         )
 
 
 def _combined(one: Layer, other: Layer) -> Layer:
     """Two ways from the same linear map to the same activation; the weight folds if it does on both."""
     chosen = other if one.folds else one
-    return dataclasses.replace(chosen, between=tuple(dict.fromkeys((*one.between, *other.between))))
+    return dataclasses.replace(
+        chosen,
+        between=tuple(dict.fromkeys((*one.between, *other.between))),
+        overwrites_unseen=one.overwrites_unseen and other.overwrites_unseen,
+    )
+
+
+def _by_position(child: nn.Module, call: fx.Node) -> list[Any]:
+    """The arguments of a call, in the order in which the forward of the child takes them."""
+    signature = _signature(child)
+    try:
+        bound = None if signature is None else signature.bind(child, *call.args, **call.kwargs)
+    except TypeError:  # the call itself will say so
+        bound = None
+    if bound is None:
+        return [*call.args, *call.kwargs.values()]
+    bound.apply_defaults()
+    _, *arguments = bound.arguments.values()
+    return arguments
 
 
 def _value_of(argument: Any, values: dict[fx.Node, _Value]) -> _Value:

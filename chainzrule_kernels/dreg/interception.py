@@ -26,8 +26,8 @@ from chainzrule_kernels.dreg.recognition import (
     CONVOLUTIONS,
     OTHER_NORM_FUNCTIONS,
     TRANSPARENT_FUNCTIONS,
+    describe_call,
     is_transformers_conv1d,
-    kind_of_call,
 )
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.nn.jacobian_record import (
@@ -186,14 +186,17 @@ class Handing(Interception):
 class RecordingActivation(Interception):
     """The module of an activation, which computes the norm beside its output."""
 
-    def __init__(self, module: nn.Module, forward_pass: ForwardPass, kind: str, records: ActivationRecords) -> None:
+    def __init__(
+        self, module: nn.Module, forward_pass: ForwardPass, kind: str, records: ActivationRecords, in_place: bool
+    ) -> None:
         super().__init__(module, forward_pass)
         self.function = FixedActivation(kind)
         self.records = records
+        self.in_place = in_place
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The activation, recorded where the input belongs to a layer."""
-        y = apply_recorded(self.records, self.function, _first(args, kwargs))
+        y = apply_recorded(self.records, self.function, _first(args, kwargs), self.in_place)
         return self.original(*args, **kwargs) if y is None else y
 
 
@@ -225,9 +228,9 @@ class _FunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in ACTIVATION_FUNCTIONS:
             records = self.records.get(ACTIVATION_FUNCTIONS[func])
-            kind = None if records is None else kind_of_call(func, args, kwargs)
-            if records is not None and kind is not None:
-                y = apply_recorded(records, FixedActivation(kind), _first(args, kwargs))
+            call = None if records is None else describe_call(func, args, kwargs)
+            if records is not None and call is not None and call.kind is not None:
+                y = apply_recorded(records, FixedActivation(call.kind), _first(args, kwargs), call.in_place)
                 if y is not None:
                     return y
         elif func is F.batch_norm:
@@ -239,7 +242,9 @@ class _FunctionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def apply_recorded(records: ActivationRecords, function: FixedActivation, z: Any) -> Tensor | None:
+def apply_recorded(
+    records: ActivationRecords, function: FixedActivation, z: Any, in_place: bool = False
+) -> Tensor | None:
     """``f(z)``, recorded where ``z`` belongs to a layer, in the dtype that autocast would give; otherwise None."""
     if not isinstance(z, Tensor):
         return None
@@ -248,7 +253,7 @@ def apply_recorded(records: ActivationRecords, function: FixedActivation, z: Any
         z = z.float()
         if source is not None:
             set_source(z, source.linear, source.row_sq, source.spatial)
-    return records.apply(function, z)
+    return records.apply(function, z, in_place)
 
 
 def hand_on(x: Any, y: Any, keeps_norms: bool) -> None:
@@ -307,4 +312,4 @@ def _check_channels(input: Tensor, source: Source) -> None:
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+    return args[0] if args else kwargs.get("input")

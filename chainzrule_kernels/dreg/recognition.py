@@ -42,7 +42,15 @@ _CONTAINERS = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    # Which become those with the first batch.
+    nn.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d,
+)
 
 # Functions that return their first argument's values, in another place, dtype or with some of them dropped.
 TRANSPARENT_FUNCTIONS: frozenset[Any] = frozenset(
@@ -203,8 +211,8 @@ def activation_of(module: nn.Module) -> ActivationCall | None:
         return ActivationCall(name, None, f"{module} is {NOT_OURS}")
     if type(module).__module__.startswith("torch.nn."):
         return None
-    kind = _kind_by_values(module)
-    return None if kind is None else ActivationCall(name, kind, in_place=in_place)
+    found = _kind_by_values(module)
+    return None if found is None else ActivationCall(name, found[0], in_place=found[1])
 
 
 def _kind_of_plain_module(module: nn.Module) -> str | None:
@@ -225,25 +233,56 @@ def _kind_of_plain_module(module: nn.Module) -> str | None:
     return None
 
 
-def _kind_by_values(module: nn.Module) -> str | None:
-    """The kind that agrees with a module without parameters on a few numbers."""
+def _kind_by_values(module: nn.Module) -> tuple[str, bool] | None:
+    """The kind that agrees with a module without parameters on a few numbers, and whether it overwrites them.
+
+    The same in training and in evaluation. None for a module that does more than compute, such as one that keeps its
+    output: what stands in its place would not do that.
+    """
     if "forward" in module.__dict__ or any(True for _ in (*module.parameters(), *module.buffers())):
         return None
-    numbers = torch.cat([torch.linspace(-6, 6, 49), torch.tensor([-30.0, 30.0])]).double()
+    found = {_kind_of_values(module, training) for training in (module.training, not module.training)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _kind_of_values(module: nn.Module, training: bool) -> tuple[str, bool] | None:
+    # Far out, too, where some activations are clipped; exp() of these is still finite.
+    far = torch.tensor([30.0, 100.0, 600.0])
+    numbers = torch.cat([torch.linspace(-6, 6, 49), -far, far]).double()
+    parts = [(part, part.training) for part in module.modules()]
     try:
         with unchanged(module), torch.no_grad(), torch.device("cpu"):
+            for part, _ in parts:
+                part.training = training
+            before = attributes_of(module)
             # On a copy: it may be an activation in place. Two dimensions more, for those that look at the shape.
-            values = module.forward(numbers.clone().view(1, 1, -1))
+            given = numbers.clone().view(1, 1, -1)
+            values = module.forward(given)
+            if attributes_of(module) != before:
+                return None
     except Exception:  # whatever it is, it is no activation
         return None
+    finally:
+        for part, was_training in parts:
+            part.training = was_training
     if not isinstance(values, Tensor) or values.shape != (1, 1, numbers.numel()) or values.is_meta:
         return None
     for kind in ACTIVATION_KINDS:
         (expected,) = Activation(kind).derivatives(numbers, 0)
         # Wide enough for a constant written with ten digits or a cast to float32; the kinds differ by more.
         if torch.allclose(values.flatten().double(), expected, rtol=1e-6, atol=1e-6):
-            return kind
+            return kind, not torch.equal(given.flatten(), numbers)
     return None
+
+
+def attributes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Which objects the attributes of a module are, and which are in those that are containers."""
+    return {
+        name: (id(value), *(map(id, value.values() if isinstance(value, dict) else value)))
+        if isinstance(value, list | dict | set)
+        else (id(value),)
+        for name, value in module.__dict__.items()
+    }
 
 
 @contextlib.contextmanager
@@ -318,9 +357,10 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def is_other_norm(module: nn.Module) -> bool:
     """Whether the module is a norm that does not fold into the linear map."""
-    return isinstance(module, _OTHER_NORMS) or (
-        type(module).__name__.endswith("Norm") and not isinstance(module, _BatchNorm)
-    )
+    if isinstance(module, _OTHER_NORMS):
+        return True
+    # By its name when it is written by hand, unless it has parts: a linear layer and its norm, for one.
+    return type(module).__name__.endswith("Norm") and not isinstance(module, _BatchNorm) and not module._modules
 
 
 def is_closed(module: nn.Module) -> bool:

@@ -123,6 +123,7 @@ class DREG:
         self.skipped: Table[SkippedActivation] = Table(_not_regularised(discovery, found))
         self._forward_pass.is_silent = variant == "accumulated"
         self._attachment = Attachment(
+            self.model,
             found,
             self._forward_pass,
             with_norms=variant == "layer",

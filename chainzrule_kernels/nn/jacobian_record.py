@@ -163,6 +163,11 @@ def set_source(value: Tensor, linear: str, row_sq: Tensor | None, spatial: int |
     value._jacobian_source = Source(linear, row_sq, spatial, _version_of(value))  # type: ignore[attr-defined]
 
 
+def forget_source(value: Tensor) -> None:
+    """Let a tensor carry no source any more."""
+    value._jacobian_source = None  # type: ignore[attr-defined]
+
+
 def _version_of(value: Tensor) -> int:
     # An inference tensor counts no versions. Nor does a trace need to: Dynamo would make a constant of it.
     if torch.compiler.is_compiling() or value.is_inference():
@@ -250,13 +255,22 @@ class JacobianRecord:
             entries.
         linear: the module with the ``weight`` whose row norms count; None for the activation alone.
         spread: the linear map in front, of whose units a process may have a part (``torch.distributed.tensor``).
+        may_leave_input: whether an activation that works in place may leave its input as it is, since nothing else
+            uses it.
         nonlinearity: ``E‖J - E J‖_F² / E‖J‖_F²`` over the samples of the latest call; only when it is being measured.
     """
 
-    def __init__(self, forward_pass: ForwardPass, linear: nn.Module | None, spread: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        forward_pass: ForwardPass,
+        linear: nn.Module | None,
+        spread: nn.Module | None = None,
+        may_leave_input: bool = False,
+    ) -> None:
         self.forward_pass = forward_pass
         self.linear = linear
         self.spread = spread
+        self.may_leave_input = may_leave_input
         self.calls: list[tuple[Tensor, int]] = []
         self.nonlinearity: float | None = None
 
@@ -271,8 +285,14 @@ class JacobianRecord:
         z: Tensor,
         row_sq: Tensor | None,
         spatial: int | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         """``f(z)``, with the Jacobian norm recorded; ``row_sq`` and ``spatial`` as in :class:`Source`."""
+        if in_place and not self.may_leave_input:
+            # Of a copy, since the backward needs z.
+            z.copy_(self.apply(function, z.clone(), row_sq, spatial))
+            forget_source(z)
+            return z
         if self.forward_pass.outputs is not None:
             y = function.value(z)
             self.forward_pass.outputs.append(Output(self, y, spatial))
@@ -333,14 +353,16 @@ class ActivationRecords:
         self.forward_pass = forward_pass
         self.by_linear: dict[str | None, JacobianRecord] = {}
 
-    def apply(self, function: FixedActivation | LearnablePolynomial, z: Tensor) -> Tensor | None:
+    def apply(
+        self, function: FixedActivation | LearnablePolynomial, z: Tensor, in_place: bool = False
+    ) -> Tensor | None:
         """``f(z)`` with the norm recorded where it belongs; None when no record is meant for this input."""
         source = source_of(z)
         record = None if source is None else self.by_linear.get(source.linear)
         if record is not None and source is not None:
-            return record.apply(function, z, source.row_sq, source.spatial)
+            return record.apply(function, z, source.row_sq, source.spatial, in_place)
         record = self.by_linear.get(None)
-        return None if record is None else record.apply(function, z, None)
+        return None if record is None else record.apply(function, z, None, None, in_place)
 
     def polynomial(self, z: Tensor, coeffs: Tensor) -> Tensor:
         """``p(z)``, with the norm recorded where it belongs."""
