@@ -397,3 +397,31 @@ def test_a_model_without_a_place_for_tangents_says_so():
     ck.DREG(model, variant="accumulated")
     with pytest.raises(ValueError, match="needs a floating-point tensor among the arguments of the model"):
         model(torch.tensor([1, 2]))
+
+
+class Doubling(nn.Sequential):
+    """Writes into its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+def test_an_input_that_was_written_to_is_refused_rather_than_used_anew():
+    layers = nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)
+    x = torch.randn(5, 3)
+    model = nn.Sequential(*layers)
+    reg = ck.DREG(model, variant="accumulated", probes="exact")
+    model(x)
+    x.mul_(2)  # a data loader that uses its buffer again
+    with pytest.raises(RuntimeError, match="has been written to since"):
+        reg.penalty()
+    model(x)
+    assert reg.penalty() > 0
+    reg.remove()
+    overwriting = Doubling(*layers)
+    reg = ck.DREG(overwriting, variant="accumulated", probes="exact")
+    overwriting(x)
+    kept = x.clone()
+    with pytest.raises(RuntimeError, match="has been written to since"):
+        reg.penalty()
+    assert torch.equal(x, kept)

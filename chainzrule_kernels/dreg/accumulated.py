@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from chainzrule_kernels.dreg.interception import Interception, hand_on
 from chainzrule_kernels.functions import compute_dtype
@@ -77,6 +78,11 @@ def find_start(model: nn.Module, name: str | None) -> nn.Module | None:
     return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
 
 
+def _has_version(value: Any) -> bool:
+    """Whether PyTorch counts how often the value has been written to."""
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
 class TangentPass:
     """What is needed to run tangents through the model as its latest forward pass ran it.
 
@@ -104,6 +110,7 @@ class TangentPass:
                 "DREG: the variant 'accumulated' needs a floating-point tensor among the arguments of the model, or an "
                 "embedding in it; name the module to start from with start="
             )
+        self._versions = [(leaf, leaf._version) for leaf in tree_leaves((args, kwargs)) if _has_version(leaf)]
         self._random_state = torch.get_rng_state()
         self._grad = torch.is_grad_enabled()
         self._autocast = [
@@ -125,6 +132,12 @@ class TangentPass:
 
     def run(self, forward_pass: ForwardPass, probes: Probes) -> list[tuple[JacobianRecord, Tensor, int]]:
         """``(record, ‖G_l‖_F² for each sample, units)`` for each run of a layer; estimated for a number of probes."""
+        if any(leaf._version != version for leaf, version in self._versions):
+            raise RuntimeError(
+                "DREG: a tensor that the model was called with has been written to since, by the model's forward or "
+                "behind it, and the variant 'accumulated' needs it as it was. Call penalty() before that, and clone "
+                "what the forward overwrites"
+            )
         x = self._input()
         # A string is "exact".
         directions = _unit_vectors(x) if isinstance(probes, str) else x.new_empty(probes, *x.shape).normal_()
