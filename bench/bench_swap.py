@@ -1,4 +1,4 @@
-"""A GELU perceptron with its linear layers and activations swapped for fused modules, and as it was."""
+"""The feed-forward part of a transformer with its linear layer and GELU swapped for a fused module, and as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import chainzrule_kernels as ck
 from bench import measure
-from bench.networks import perceptron
 from bench.providers import Provider, disagreement
 from bench.workloads import Size
 
@@ -37,7 +36,9 @@ WAYS: dict[str, Callable[..., list[Tensor]]] = {"forward": evaluation, "both": t
 
 def plain_and_swapped(size: Size) -> tuple[dict[str, nn.Module], Tensor]:
     torch.manual_seed(0)
-    model, x, _ = perceptron(size)
+    width = size.channels // 2
+    model = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    x = torch.randn(size.rows, width)
     swapped = copy.deepcopy(model)
     ck.swap(swapped)
     return {"plain": model, "fused": swapped}, x
@@ -50,11 +51,11 @@ def test_swap(compare: Callable[..., None], main_size: Size, way: str) -> None:
     exact = work(copy.deepcopy(models["plain"]).double(), x.double())
     check = partial(disagreement, exact=exact, tolerance=TOLERANCE)
     providers = [Provider(name, partial(work, model, x), check=check) for name, model in models.items()]
-    compare("swap", str(main_size), way, providers)
+    compare("swap", f"{main_size}, feed-forward", way, providers)
 
 
 def test_memory(remember: Callable[..., None], main_size: Size) -> None:
     models, x = plain_and_swapped(main_size)
     for way, work in WAYS.items():
         peak_bytes = {name: measure.peak_allocation(partial(work, model, x)) for name, model in models.items()}
-        remember(measure.Comparison("swap", str(main_size), f"memory, {way}", peak_bytes=peak_bytes))
+        remember(measure.Comparison("swap", f"{main_size}, feed-forward", f"memory, {way}", peak_bytes=peak_bytes))

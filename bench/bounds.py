@@ -80,14 +80,15 @@ def _memory(op: str) -> Callable[[Results], float | None]:
     return measured
 
 
-def _training_steps(network: str) -> tuple[Bound, ...]:
-    """The promises about a training step of one of ``bench.networks``."""
+def _training_steps(network: str, reason: str = "") -> tuple[Bound, ...]:
+    """The promises about a training step of one of ``bench.networks``; the reason is that of the first."""
     return (
         Bound(
             f"training step with DREG, {network}: time over the same step without",
             1.05,
             False,
             _ratio("training step", "both", "fused", "without DREG", network),
+            reason=reason,
         ),
         Bound(
             f"training step with DREG, {network}: faster than a double-backward Jacobian penalty",
@@ -96,6 +97,21 @@ def _training_steps(network: str) -> tuple[Bound, ...]:
             _ratio("training step", "both", "double backward", "fused", network),
         ),
     )
+
+
+def _worst_layer(stage: str, numerator: str, denominator: str, largest: bool) -> Callable[[Results], float | None]:
+    """A ratio of times of ``polynomial_conv2d`` at the layer where it is worst."""
+
+    def measured(results: Results) -> float | None:
+        layers = [
+            comparison.ratio(numerator, denominator)
+            for (op, _, a_stage), comparison in results.items()
+            if (op, a_stage) == ("polynomial_conv2d", stage)
+        ]
+        ratios = [ratio for ratio in layers if ratio is not None]
+        return (max(ratios) if largest else min(ratios)) if ratios else None
+
+    return measured
 
 
 BOUNDS: tuple[Bound, ...] = (
@@ -152,9 +168,25 @@ BOUNDS: tuple[Bound, ...] = (
         True,
         _ratio("training step", "both", "double backward", "fused"),
     ),
-    *_training_steps("GELU perceptron"),
+    *_training_steps(
+        "GELU perceptron", "runs differ by as much; the fused gelu computes two exponentials for each element"
+    ),
     *_training_steps("transformer block"),
-    *_training_steps("convolutional"),
+    *_training_steps(
+        "convolutional", "PyTorch's relu keeps only its output, and the norm needs the feature map before it as well"
+    ),
+    Bound(
+        "polynomial_conv2d forward: time over F.conv2d alone, the worst layer",
+        1.05,
+        False,
+        _worst_layer("forward", "fused", "F.conv2d", largest=True),
+    ),
+    Bound(
+        "polynomial_conv2d forward + backward: faster than the unfolded, the worst layer",
+        7,
+        True,
+        _worst_layer("both", "unfold", "fused", largest=False),
+    ),
     Bound("polynomial call at 1x64: time over F.gelu", 10, False, _overhead("polynomial", "forward"), "us"),
     Bound("polynomial_dreg call at 1x64: time over F.gelu", 10, False, _overhead("polynomial_dreg", "forward"), "us"),
     Bound(

@@ -40,14 +40,14 @@ class Provider:
 
 def providers_of(workload: Workload, stage: str) -> list[Provider]:
     """Everything that a workload is compared with, the fused kernels last."""
-    exact = _results(workload.reference, workload.in_float64(), stage)
+    exact = output_and_gradients(workload.reference, workload.in_float64(), stage)
     compiled = _compiled(workload)
     return [
         *copies(workload, stage),
         *_matrix_product(workload, stage),
-        _provider("eager", workload.reference, workload, stage, exact),
-        _provider("compile", compiled, workload, stage, exact),
-        _provider("fused", workload.fused, workload, stage, exact),
+        provider("eager", workload.reference, workload, stage, exact),
+        provider("compile", compiled, workload, stage, exact),
+        provider("fused", workload.fused, workload, stage, exact),
     ]
 
 
@@ -72,13 +72,14 @@ def _matrix_product(workload: Workload, stage: str) -> list[Provider]:
         return torch.nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
     alone = Workload(workload.op, workload.label, workload.arguments, workload.gradients[:1], 0, 0)
-    exact = _results(linear, alone.in_float64(), stage)
-    return [_provider("F.linear", linear, alone, stage, exact)]
+    exact = output_and_gradients(linear, alone.in_float64(), stage)
+    return [provider("F.linear", linear, alone, stage, exact)]
 
 
-def _provider(
+def provider(
     name: str, function: Callable[..., Any], workload: Workload, stage: str, exact: Sequence[Tensor | None]
 ) -> Provider:
+    """A function of the workload's arguments at one stage; ``exact`` is what its run must return."""
     tolerance = TOLERANCE[workload.arguments[0].dtype]
 
     def check(results: Any) -> str | None:
@@ -127,8 +128,8 @@ def _compiled(workload: Workload) -> Callable[..., Any]:
     return _latest_compiled[1]
 
 
-def _results(function: Callable[..., Any], workload: Workload, stage: str) -> list[Tensor | None]:
-    """What a provider's ``run`` should return."""
+def output_and_gradients(function: Callable[..., Any], workload: Workload, stage: str) -> list[Tensor | None]:
+    """What a provider's ``run`` should return: the outputs of a forward, or the gradients of the arguments."""
     if stage == "forward":
         return [output.detach() for output in _tuple(function(*workload.arguments))]
     arguments, leaves = _with_gradients(workload)

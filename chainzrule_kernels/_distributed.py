@@ -49,7 +49,8 @@ def squared_row_norms_of(linear: nn.Module, z: Tensor) -> Tensor:
 
 def whole(jac_sq: Tensor, units: int, linear: nn.Module | None) -> tuple[Tensor, int]:
     """``jac_sq`` of the ``units`` that this process has of a layer, and of all of them, summed over the processes."""
-    weight: Any = None if linear is None else linear.weight
+    # A parametrised weight is no parameter, and reading it would compute it.
+    weight: Any = None if linear is None else linear._parameters.get("weight")
     if weight is None or is_plain(weight):
         return jac_sq, units
     split = _split_dimensions(weight, units)

@@ -60,10 +60,26 @@ def built_for(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+# What does not change while a program runs, torch.compile need not look into.
+@torch.compiler.assume_constant_result
 def device_properties(device: torch.device) -> tuple[int, int, int]:
     """Compute capability, major and minor, and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor, properties.multi_processor_count
+
+
+@torch.compiler.assume_constant_result
+def no_kernel_for(device: torch.device) -> str | None:
+    """Why there is no compiled kernel for a device; None when there is."""
+    if device.type != DEVICE_TYPE:
+        return f"it serves CUDA tensors, and this one is on {device}"
+    if cuda is None:
+        return missing_because
+    major, minor, _ = device_properties(device)
+    architectures = cuda.built_for()["architectures"]
+    if not built_for(architectures, (major, minor)):
+        return f"the compiled CUDA module is built for {architectures}, and {device} is {major}.{minor}"
+    return None
 
 
 def cannot(x: Tensor, *call: Any) -> str | None:
@@ -74,15 +90,10 @@ def cannot(x: Tensor, *call: Any) -> str | None:
         *call: its other arguments: ``weight, bias, coeffs, stride, padding, dilation, groups``. Without them the
             question is only whether there is a kernel for the device.
     """
-    if x.device.type != DEVICE_TYPE:
-        return f"it serves CUDA tensors, and this one is on {x.device}"
-    if cuda is None:
-        return missing_because
-    major, minor, _ = device_properties(x.device)
-    architectures = cuda.built_for()["architectures"]
-    if not built_for(architectures, (major, minor)):
-        return f"the compiled CUDA module is built for {architectures}, and {x.device} is {major}.{minor}"
-    return rule.cannot(_problem(x, *call)) if call else None
+    reason = no_kernel_for(x.device)
+    if reason is not None or not call:
+        return reason
+    return rule.cannot(_problem(x, *call))
 
 
 def not_worthwhile(x: Tensor, *call: Any) -> str | None:

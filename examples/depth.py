@@ -151,7 +151,7 @@ def draw(path: Path, measurements: list[Measurement]) -> None:
         plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Gradient norms of PolyKervNets over their layers.")
     parser.add_argument("--depths", type=int, nargs="+", choices=tuple(DEPTHS), default=list(DEPTHS))
     parser.add_argument("--width", type=int, default=16, help="channels of the first stage (default: 16)")
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of training (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("depth-output"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
 
     digits = data.digits(options.image_size, options.seed)

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import chainzrule_kernels as ck
 
 STRENGTH = 0.7
+VARIANTS = ({"variant": "layer"}, {"variant": "activation"}, {"variant": "accumulated", "probes": "exact"})
 SCENARIOS: dict[str, Callable[[], None]] = {}
 
 
@@ -127,8 +128,8 @@ def assert_refused(message: str, work: Callable[[], object]) -> None:
 @scenario
 def ddp() -> None:
     for build in (plain_net, polynomial_net):
-        for variant in ("layer", "activation"):
-            assert_as_one_process(build, DistributedDataParallel, halves=True, variant=variant)
+        for options in VARIANTS:
+            assert_as_one_process(build, DistributedDataParallel, halves=True, **options)
 
 
 @scenario
@@ -170,8 +171,8 @@ def shard_blocks(model: nn.Module) -> nn.Module:
 @scenario
 def fsdp_of_the_whole_model() -> None:
     for build in (plain_net, polynomial_net):
-        for variant in ("layer", "activation"):
-            assert_as_one_process(build, shard_whole, halves=True, variant=variant)
+        for options in VARIANTS:
+            assert_as_one_process(build, shard_whole, halves=True, **options)
 
 
 @scenario

@@ -62,6 +62,21 @@ def test_react_is_the_quadratic():
     torch.testing.assert_close(evaluate(coefficients.react(a, b, c)), a * POINTS**2 + b * POINTS + c)
 
 
+@pytest.mark.parametrize("degree", range(1, 9))
+def test_react_of_another_degree(degree):
+    a, b, c = 0.009, torch.tensor(0.5, dtype=torch.float64), 0.47
+    torch.testing.assert_close(evaluate(coefficients.react(a, b, c, degree)), a * POINTS**degree + b * POINTS + c)
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_polyrelu_puts_the_bias_in_front(channels):
+    weight, bias = torch.randn(4, *channels, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)
+    powers = torch.stack([POINTS**k for k in range(1, 5)], 1)
+    torch.testing.assert_close(evaluate(coefficients.polyrelu(weight, bias)), powers @ weight + bias)
+    shared = torch.tensor(0.3, dtype=torch.float64)
+    torch.testing.assert_close(evaluate(coefficients.polyrelu(weight, shared)), powers @ weight + 0.3)
+
+
 @pytest.mark.parametrize("channels", [None, 3])
 @pytest.mark.parametrize("degree", range(1, 9))
 def test_hermite_is_the_weighted_sum(degree, channels):
@@ -144,6 +159,10 @@ def test_dtype_follows_the_tensors():
         ),
         (lambda: coefficients.hermite([1.0, 2.0]), TypeError, "a: expected a floating-point torch.Tensor, got list"),
         (lambda: coefficients.hermite(torch.ones(10)), ValueError, "a: expected shape"),
+        (lambda: coefficients.react(1.0, 1.0, 1.0, 9), ValueError, "degree: expected 1 to 8, got 9"),
+        (lambda: coefficients.polyrelu(torch.ones(9), torch.ones(())), ValueError, r"weight: expected shape \(D,\)"),
+        (lambda: coefficients.polyrelu(torch.ones(3), torch.ones(3)), ValueError, "bias: expected a 0-d tensor"),
+        (lambda: coefficients.polyrelu(torch.ones(3), 0.0), TypeError, "bias: expected a floating-point torch.Tensor"),
         (lambda: coefficients.hermite_start(0), ValueError, "degree: expected 1 to 8, got 0"),
         (lambda: coefficients.monomial(3, 2), ValueError, "power: expected 0 to 2, the degree, got 3"),
         (lambda: coefficients.monomial(1.0, 2), TypeError, "power: expected an int, got float"),

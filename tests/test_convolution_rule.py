@@ -185,6 +185,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     monkeypatch.setattr(_native_cuda, "cuda", type("module", (), {"built_for": lambda: {"architectures": "8.0"}}))
     monkeypatch.setattr(_native_cuda, "device_properties", lambda device: (8, 0, 108))
     monkeypatch.setattr(_native_cuda, "DEVICE_TYPE", "meta")
+    # Of a device without autocast PyTorch does not say whether it is on.
+    monkeypatch.setattr(rule, "dtype_of_convolution", lambda x: x.dtype)
     return torch.empty(32, 64, 56, 56, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
 
 
@@ -199,6 +201,29 @@ def test_choose_asks_both_questions(pretended: torch.Tensor) -> None:
         assert backends.choose("polynomial_conv2d", pretended.contiguous(), *rest) == "cuda"
         with pytest.raises(RuntimeError, match="one group, and there are 2"):
             backends.choose("polynomial_conv2d", pretended, weight[:, :32], None, coeffs, 1, 1, 1, 2)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_r04_the_choice_can_be_traced_and_holds_for_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native_cuda, "DEVICE_TYPE", "cpu")
+    weight, coeffs = torch.empty(64, 64, 3, 3), torch.empty(4)
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def chosen(x: torch.Tensor, groups: int) -> torch.Tensor:
+        call = (weight, None, coeffs, 1, "same", 1, groups)
+        able = backends.why_not("cuda", "polynomial_conv2d", x, *call) is None
+        pays = able and backends.slower("cuda", "polynomial_conv2d", x, *call) is None
+        return x.sum(0) + (2 if pays else 1 if able else 0)
+
+    def maps(batch: int) -> torch.Tensor:
+        return torch.zeros(batch, 64, 14, 14).to(memory_format=torch.channels_last)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # Two samples would not fill the device, which is not asked here.
+        for batch in (2, 200, 9):
+            assert chosen(maps(batch), 1).unique().item() == 2
+    assert chosen(maps(2).contiguous(), 1).unique().item() == 1
+    assert chosen(maps(2), 2).unique().item() == 0
 
 
 def test_a_module_for_other_architectures_is_named(pretended: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

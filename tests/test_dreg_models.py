@@ -787,3 +787,27 @@ def test_models_of_transformers(name):
     for found, wanted in zip(gradients(model, penalty), gradients(model, STRENGTH * expected), strict=True):
         torch.testing.assert_close(found, wanted)
     assert len(reg.report(**inputs)) == 2
+
+
+TIMM_MODELS = {
+    # Batch norm and activation in one module, a convolution with what squeezes and excites it.
+    "efficientnet_b0": ({}, "blocks.0.0.bn1.act", "blocks.0.0.conv_dw"),
+    "resnet10t": ({}, "layer1.0.act1", "layer1.0.conv1"),
+    "vit_tiny_patch16_224": ({"img_size": 32, "depth": 2}, "blocks.0.mlp.act", "blocks.0.mlp.fc1"),
+}
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_models_of_timm(name):
+    # It imports torchvision, which not every machine has for its torch.
+    timm = pytest.importorskip("timm", reason=NOT_INSTALLED.format("timm"), exc_type=ImportError)
+    options, activation, linear = TIMM_MODELS[name]
+    torch.manual_seed(1)
+    model = timm.create_model(name, **options).eval()
+    x = torch.randn(2, 3, 32, 32)
+    plain = model(x)
+    assert (activation, linear) in {(layer.owner_name, layer.linear_name) for layer in discover(model).layers}
+    reg = ck.DREG(model, STRENGTH)
+    torch.testing.assert_close(model(x), plain, rtol=1e-4, atol=1e-5)
+    assert all(calls for calls in reg.jac_sq().values())
+    assert all(gradient.isfinite().all() for gradient in gradients(model, reg.penalty()))

@@ -31,14 +31,6 @@ TINY = Settings(depth=10, width=2, kernel="react", epochs=2, batch=512)
 CPU = torch.device("cpu")
 
 
-def script(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "examples" / name), *arguments]
-
-
-# One thread: a sum may depend on how many there are.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
 @pytest.fixture(scope="module")
 def digits() -> data.Images:
     return data.digits(8, 0)
@@ -146,8 +138,9 @@ def test_every_optimizer_learns_and_resumes_to_the_same_end(optimizer, digits, t
 def test_distillation_trains_student_and_teacher(distillation, digits, tmp_path):
     settings = replace(TINY, width=4, epochs=3, batch=128, learning_rate=0.01, distillation=distillation)
     run = trained(settings, digits, tmp_path)
-    assert run.history[-1].train_loss < run.history[0].train_loss
-    assert run.history[-1].teacher_test_accuracy > 0.3  # a tenth by guessing
+    # A tenth by guessing. The loss says less: it may grow while the teacher becomes surer.
+    assert run.history[-1].train_accuracy > 0.5
+    assert run.history[-1].teacher_test_accuracy > 0.5
 
 
 def test_losses_of_the_student():
@@ -203,26 +196,26 @@ def test_a_file_is_old_or_new_but_never_half(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_script_goes_on_after_kill_and_ends_the_same(tmp_path):
+def test_script_goes_on_after_kill_and_ends_as_one_that_was_not_interrupted(tmp_path, digits, threads):
     options = ["--depth", "10", "--width", "2", "--epochs", "2", "--batch", "128", "--kernel", "react"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finished = subprocess.run(
-        script("polykervnet.py", *options, "--output", str(whole)), env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
-    resumed = [*script("polykervnet.py", *options, "--output", str(parts)), "--checkpoint-every", "1"]
-    killed = subprocess.Popen(resumed, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    while killed.poll() is None and not (parts / training.CHECKPOINT).exists():
+    script = [sys.executable, str(ROOT / "examples" / "polykervnet.py"), *options, "--checkpoint-every", "1"]
+    script += ["--output", str(tmp_path)]
+    # One thread: a sum may depend on how many there are.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL)
+    while killed.poll() is None and not (tmp_path / training.CHECKPOINT).exists():
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    finished = subprocess.run([*resumed, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
+    finished = subprocess.run([*script, "--resume"], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert json.loads((parts / training.HISTORY).read_text()) == json.loads((whole / training.HISTORY).read_text())
-    states = [torch.load(folder / training.CHECKPOINT, weights_only=True) for folder in (whole, parts)]
-    mine, theirs = (state["learners"]["student"]["model"] for state in states)
-    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    torch.set_num_threads(1)
+    whole = trained(polykervnet.settings_of(polykervnet.parse(options)), digits, tmp_path / "whole")
+    assert json.loads((tmp_path / training.HISTORY).read_text()) == [row.as_json() for row in whole.history]
+    state = torch.load(tmp_path / training.CHECKPOINT, weights_only=True)["learners"]["student"]["model"]
+    expected = whole.learners["student"].model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 def test_script_neither_overwrites_a_run_nor_resumes_none(tmp_path, capsys):
@@ -268,11 +261,24 @@ def test_fifty_layers_of_rpkn_with_batch_norm_are_trainable(digits):
     assert found.verdict == "learns"
 
 
-def test_depth_script_writes_table_and_picture(tmp_path):
-    command = script("depth.py", "--depths", "10", "--width", "2", "--image-size", "8", "--steps", "2", "--batch", "8")
-    finished = subprocess.run([*command, "--output", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+def test_depth_script_writes_table_and_picture(tmp_path, capsys):
+    depth.main(
+        [
+            "--depths",
+            "10",
+            "--width",
+            "2",
+            "--image-size",
+            "8",
+            "--steps",
+            "2",
+            "--batch",
+            "8",
+            "--output",
+            str(tmp_path),
+        ]
+    )
     rows = (tmp_path / "gradient-norms.csv").read_text().splitlines()
     assert len(rows) == 1 + 6 * 12
     assert (tmp_path / "gradient-norms.png").read_bytes().startswith(b"\x89PNG")
-    assert "R-PKN" in finished.stdout
+    assert capsys.readouterr().out.count("R-PKN") == 2

@@ -243,23 +243,52 @@ def test_from_conv_keeps_the_parameters_and_draws_no_weights(kernel):
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_dreg_penalises_the_jacobian_of_a_kernel_convolution():
+@pytest.mark.parametrize("variant", ["layer", "activation"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("is_convolution", [False, True])
+def test_dreg_penalises_the_jacobian_of_an_activation_behind_its_layer(name, is_convolution, variant):
+    torch.manual_seed(0)
+    linear = nn.Conv2d(2, 3, 3, padding=1, **FLOAT64) if is_convolution else nn.Linear(5, 3, **FLOAT64)
+    activation = ACTIVATIONS[name][0](**FLOAT64)
+    x = torch.randn((4, 2, 4, 3) if is_convolution else (4, 5), dtype=torch.float64)
+    model = nn.Sequential(linear, activation)
+    layer = model if variant == "layer" else activation
+    inputs = x if variant == "layer" else linear(x).detach()
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda sample: layer(sample[None])[0]))(inputs)
+    expected = jacobian.flatten(1).square().sum(1).mean()
+    y = model(x)
+    reg = ck.DREG(model, 1.0, variant)
+    torch.testing.assert_close(model(x), y)
+    torch.testing.assert_close(reg.penalty(), expected.detach())
+    assert reg.layers[0].module == type(activation).__name__
+    gradients = torch.autograd.grad(reg.penalty(), list(activation.parameters()), materialize_grads=True)
+    wanted = torch.autograd.grad(expected, list(activation.parameters()), materialize_grads=True)
+    torch.testing.assert_close(gradients, wanted)
+    assert all(0 < row.nonlinearity < 1 for row in reg.report(x))
+
+
+@pytest.mark.parametrize("variant", ["layer", "activation"])
+def test_dreg_penalises_a_kernel_convolution(variant):
     torch.manual_seed(0)
     layer = ck.nn.RPKNConv2d(2, 3, 3, 2, 1, bias=True, a=0.5, **FLOAT64)
-    model = nn.Sequential(layer)
-    reg = ck.DREG(model, 1.0)
     x = torch.randn(4, 2, 5, 6, dtype=torch.float64)
-    y = model(x)
-    jacobian = torch.func.vmap(
-        torch.func.jacrev(lambda sample: torch.func.functional_call(copy_of, {}, (sample[None],)))
-    )
-    copy_of = copy.deepcopy(layer)
-    ck.DREG.detach(copy_of)
-    torch.testing.assert_close(y, copy_of(x))
-    expected = jacobian(x).flatten(1).square().sum(1).mean()
+    if variant == "layer":
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda sample: layer(sample[None])[0]))(x)
+    else:
+        s = F.conv2d(x, layer.weight, layer.bias, 2, 1)
+        jacobian = 2 * layer.a * (s + layer.c)  # only its diagonal differs from 0
+    expected = jacobian.flatten(1).square().sum(1).mean()
+    parameters = list(layer.parameters())
+    wanted = torch.autograd.grad(expected, parameters)
+    y = layer(x)
+    model = nn.Sequential(layer)
+    reg = ck.DREG(model, 1.0, variant)
+    torch.testing.assert_close(model(x), y)
     torch.testing.assert_close(reg.penalty(), expected)
-    expected_gradient = torch.autograd.grad(expected, copy_of.weight)
-    torch.testing.assert_close(torch.autograd.grad(reg.penalty(), layer.weight), expected_gradient)
+    torch.testing.assert_close(torch.autograd.grad(reg.penalty(), parameters), wanted)
+    (row,) = reg.report(x)
+    assert 0 < row.nonlinearity < 1
+    assert row.mean == pytest.approx(jacobian.flatten(1).norm(dim=1).mean().item())
 
 
 @pytest.mark.parametrize(
@@ -278,7 +307,9 @@ def test_dreg_penalises_the_jacobian_of_a_kernel_convolution():
         (lambda: ck.nn.ActPKN(0), ValueError, "degree: expected 1 to 8, got 0"),
         (lambda: ck.nn.Hermite(2.0), TypeError, "degree: expected an int"),
         (lambda: ck.nn.PolyReLU(9), ValueError, "degree: expected 1 to 8, got 9"),
-        (lambda: ck.nn.ReactPKN()([1.0]), TypeError, "z: expected a torch.Tensor, got list"),
+        (lambda: ck.nn.ReactPKN()([1.0]), TypeError, "x: expected a torch.Tensor, got list"),
+        (lambda: ck.nn.PolyReLU()(torch.ones(2, dtype=torch.int64)), TypeError, "x: expected dtype"),
+        (lambda: ck.nn.ActPKN()(torch.ones(())), ValueError, "x: expected shape .* got a 0-d tensor"),
         (lambda: ck.nn.RPKNConv2d(3, 1, 1)([1.0]), TypeError, "x: expected a torch.Tensor, got list"),
         (lambda: ck.nn.RPKNConv2d(3, 1, 1)(torch.ones(1, 2, 4, 4)), ValueError, "weight|x"),
         (

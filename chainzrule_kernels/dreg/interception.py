@@ -113,7 +113,8 @@ class MarkingLinear(Interception):
         self.name = name
         self.with_norms = with_norms
         # Tensor parallelism takes the process's own part of the output in a hook, which loses the mark.
-        self._is_spread = not _distributed.is_plain(module.weight)  # type: ignore[arg-type]
+        weight = module._parameters.get("weight")  # no parameter where it is computed
+        self._is_spread = weight is not None and not _distributed.is_plain(weight)
         self._handle = module.register_forward_hook(self._mark_part) if self._is_spread else None
 
     def remove(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chainzrule_kernels import coefficients
+from chainzrule_kernels._checks import check_z
 from chainzrule_kernels.coefficients import check_degree
 from chainzrule_kernels.functions import Polynomial, compute_dtype
 from chainzrule_kernels.functions.base import ScalarFunction
@@ -20,8 +21,17 @@ from chainzrule_kernels.nn.jacobian_record import (
     active_record,
 )
 from chainzrule_kernels.nn.scalar_parameters import ScalarParameters
+from chainzrule_kernels.ops._feature_maps import channels_innermost
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
+
+
+def _of_each_element(x: Tensor, coeffs: Tensor) -> Tensor:
+    """``p(x)`` with shared coefficients; feature maps in channels_last stay so, and are not rearranged on the way."""
+    check_z(x, "x")
+    if channels_innermost(x):
+        return polynomial(x.movedim(1, -1), coeffs).movedim(-1, 1)
+    return polynomial(x, coeffs)
 
 
 class PolynomialActivation(nn.Module):
@@ -37,7 +47,7 @@ class PolynomialActivation(nn.Module):
         """``p(x)``."""
         record = active_record(self)
         coeffs = self.coefficients()
-        return polynomial(x, coeffs) if record is None else record.polynomial(x, coeffs)
+        return _of_each_element(x, coeffs) if record is None else record.polynomial(x, coeffs)
 
 
 class _ScalarActivation(ScalarParameters, PolynomialActivation):
@@ -227,13 +237,14 @@ class PolyReLU(PolynomialActivation):
 
     def forward(self, x: Tensor) -> Tensor:
         """``p(relu(x))``."""
+        check_z(x, "x")
         record = active_record(self)
         coeffs = self.coefficients()
         if isinstance(record, ActivationRecords):
             y = record.apply(_RectifiedPolynomial(coeffs), x)
             if y is not None:
                 return y
-        return polynomial(torch.relu(x), coeffs)
+        return _of_each_element(torch.relu(x), coeffs)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

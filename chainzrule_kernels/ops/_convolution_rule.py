@@ -15,6 +15,7 @@ decide:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,6 +154,7 @@ def arithmetic(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@torch.compiler.assume_constant_result
 def tf32_allowed() -> bool:
     """Whether PyTorch lets convolutions round float32 to TF32.
 
@@ -172,18 +174,18 @@ def cannot(call: Problem) -> str | None:
     """Why the fused kernel does not take a call; None when it does."""
     vector = _VECTORS.get(call.arithmetic)
     if vector is None:
-        return f"it takes bfloat16, float16 and float32, and x is {call.arithmetic}"
+        return _say("it takes bfloat16, float16 and float32, and x is {}", call.arithmetic)
     if call.groups != 1:
-        return f"it takes one group, and there are {call.groups}"
+        return _say("it takes one group, and there are {}", call.groups)
     if call.padding is None:
         return "it takes the same padding on both sides"
     for name, count in (("channels of x", call.channels), ("filters", call.filters)):
         if count == 0 or count % vector != 0:
-            return f"in {call.arithmetic} it takes a multiple of {vector} {name}, and there are {count}"
+            return _say("in {} it takes a multiple of {} {}, and there are {}", call.arithmetic, vector, name, count)
     if any(size > MAX_WINDOW for size in call.window):
-        return f"it takes windows of at most {MAX_WINDOW} taps in each direction, and this is {_times(call.window)}"
+        return _say("it takes windows of at most {} taps in each direction, and this is {}", MAX_WINDOW, call.window)
     if min(call.out_size) < 1:
-        return f"the window does not fit into x of size {_times(call.size)}"
+        return _say("the window does not fit into x of size {}", call.size)
     largest = max(
         call.channels * _product(call.size),
         call.filters * _product(call.out_size),
@@ -218,20 +220,23 @@ def not_worthwhile(call: Problem, capability: tuple[int, int], multiprocessors: 
     if not call.channels_innermost:
         return "x is not in channels_last: the fused kernel would copy x and its results"
     if not torch.compiler.is_compiling() and call.tiles < multiprocessors:
-        return f"it has {call.tiles} thread blocks for {multiprocessors} multiprocessors, too few to fill the device"
+        return _say("it has {} thread blocks for {} multiprocessors, too few to fill them", call.tiles, multiprocessors)
     if call.arithmetic == "float32":
         if _product(call.window) > 1:
-            return f"in float32 the library multiplies less for a window of {_times(call.window)} (Winograd)"
+            return _say("in float32 the library multiplies less for a window of {} (Winograd)", call.window)
         return None
     if capability[0] in WITHOUT_FIGURES:
-        return f"sm_{capability[0]}{capability[1]} has faster tensor-core instructions, which only the library uses"
+        return _say("sm_{}{} has faster tensor-core instructions, which only the library uses", *capability)
     if capability[0] in CAPABILITIES:
         bound = worthwhile_products(CAPABILITIES[capability[0]])
         products = call.channels * _product(call.window)
         if products > bound:
-            return (
-                f"{products} products for each output, and beyond {bound} the library's faster instructions "
-                f"on sm_{capability[0]}{capability[1]} outweigh what fusing saves"
+            return _say(
+                "{} products for each output, and beyond {} the library's faster instructions on sm_{}{} outweigh what "
+                "fusing saves",
+                products,
+                bound,
+                *capability,
             )
     return None
 
@@ -249,5 +254,8 @@ def _product(sizes: tuple[int, ...]) -> int:
     return result
 
 
-def _times(sizes: tuple[int, ...]) -> str:
-    return " x ".join(str(size) for size in sizes)
+def _say(reason: str, *values: Any) -> str:
+    """The reason with its numbers; without them while ``torch.compile`` traces, to which they may be symbols."""
+    if torch.compiler.is_compiling():
+        return reason
+    return reason.format(*(" x ".join(map(str, value)) if isinstance(value, tuple) else value for value in values))

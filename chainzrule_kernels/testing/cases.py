@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -468,28 +469,32 @@ def _linear_activation_dreg() -> list[Case]:
     ]
 
 
+def _first_size(argument: TensorArgument, data: Shape) -> int:
+    return argument.shape(data)[0]
+
+
 def _convolutions(sizes: int, with_norm: bool) -> list[Case]:
-    """Every degree, shared and per channel, once; degree 3 with a bias and padding, and with groups and a stride."""
+    """Polynomials for each filter with a bias, padding and dilation; shared ones with groups, a stride and no bias."""
     op = f"polynomial_conv{sizes}d{'_dreg' if with_norm else ''}"
     outputs = ("y", "jac_sq") if with_norm else ("y",)
     plain = _plain_conv if with_norm else _plain_conv_value
+    padding = (2, 1)[:sizes]
     cases = []
     for form, degree, per_channel in _each_polynomial():
-        groups = 2 if per_channel else 1
-        images = _grouped_images if per_channel else _images
-        x, weight, bias = _convolution_arguments(images, sizes, groups)
-        filters = (lambda data, weight=weight: weight.shape(data)[0]) if per_channel else None
-        where = {
-            "stride": 2 if per_channel else 1,
-            "padding": (2, 1)[:sizes],
-            "dilation": 1 if per_channel else 2,
-            "groups": groups,
-        }
-        tensors = (x, weight, *(() if per_channel else (bias,)), _coeffs(degree, filters))
-        constants = {**where, "bias": None} if per_channel else where
-        words = f"{form}, groups" if per_channel else f"{form}, bias"
-        if degree == 3 or (with_norm and sizes == 2):
-            cases.append(Case(op, words, tensors, constants, outputs, plain, degree == 3))
+        if degree != 3 and not (with_norm and sizes == 2):
+            continue
+        x, weight, bias = _convolution_arguments(
+            _images if per_channel else _grouped_images, sizes, 1 + (not per_channel)
+        )
+        constants: dict[str, Any] = {"padding": padding}
+        if per_channel:
+            tensors: tuple[TensorArgument, ...] = (x, weight, bias, _coeffs(degree, partial(_first_size, weight)))
+            constants |= {"stride": 1, "dilation": 2, "groups": 1}
+        else:
+            tensors = (x, weight, _coeffs(degree, None))
+            constants |= {"stride": 2, "dilation": 1, "groups": 2, "bias": None}
+        words = f"{form}, {'bias' if per_channel else 'groups'}"
+        cases.append(Case(op, words, tensors, constants, outputs, plain, degree == 3))
     return cases
 
 

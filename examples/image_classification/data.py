@@ -6,7 +6,7 @@ import io
 import pickle
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Images:
     test_x: Tensor
     test_y: Tensor
     classes: tuple[str, ...]
+    mean: Tensor = field(init=False)
+    deviation: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         """Find mean and standard deviation of the training pictures, for each colour."""
