@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE, Activation, Polynomial, ScalarFunction
+from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE, Activation, ScalarFunction, polynomial_of
 from chainzrule_kernels.ops import PUBLIC_OPS
 from chainzrule_kernels.testing.layouts import LAYOUTS, Arrangement, Layout, contiguous
 
@@ -251,7 +251,9 @@ def _features(data: Shape) -> int:
 
 
 def _function(arguments: Arguments, dtype: torch.dtype) -> ScalarFunction:
-    return Activation(arguments["kind"]) if "kind" in arguments else Polynomial(arguments["coeffs"].to(dtype))
+    if "kind" in arguments:
+        return Activation(arguments["kind"])
+    return polynomial_of(arguments["coeffs"].to(dtype), arguments.get("rectified", False))
 
 
 def _norm(squares: Tensor) -> Tensor:
@@ -362,6 +364,54 @@ def _polynomial_dreg() -> list[Case]:
     ]
 
 
+RECTIFIED = {"rectified": True}
+TANGENT_OUTPUTS = ("y", "y_dot", "tangent_sq")
+
+
+def _rectified() -> list[Case]:
+    """``p(relu(z))``: every op that has it, and with the lowest and the highest degree the two ways of coefficients."""
+
+    def form(degree: int, sharing: str) -> str:
+        return f"rectified, degree {degree}, {sharing}"
+
+    shared, per_channel = _coeffs(3, None), _coeffs(3, _last)
+    constants = {**RECTIFIED, "return_derivative": True}
+    outputs = ("y", "jac_sq", "derivative")
+    return [
+        Case("polynomial", form(1, "shared"), (Z, _coeffs(1, None)), RECTIFIED, ("y",), _plain_value, False),
+        Case("polynomial", form(3, "shared"), (Z, shared), RECTIFIED, ("y",), _plain_value, True),
+        Case("polynomial", form(8, "per channel"), (Z, _coeffs(8, _last)), RECTIFIED, ("y",), _plain_value, False),
+        Case("polynomial_dreg", form(3, "shared"), (Z, shared), RECTIFIED, outputs[:2], _plain_dreg, False),
+        Case(
+            "polynomial_dreg",
+            form(3, "per channel, row_sq, derivative"),
+            (Z, per_channel, ROW_SQ),
+            constants,
+            outputs,
+            _plain_dreg,
+            True,
+        ),
+        Case(
+            "polynomial_spatial_dreg",
+            form(3, "shared, tap_sq"),
+            (MAPS, shared, TAP_SQ),
+            RECTIFIED,
+            outputs[:2],
+            _plain_spatial_dreg,
+            False,
+        ),
+        Case(
+            "polynomial_tangent",
+            form(3, "per channel"),
+            (Z, Z_DOT, per_channel),
+            RECTIFIED,
+            TANGENT_OUTPUTS,
+            _plain_tangent,
+            False,
+        ),
+    ]
+
+
 QUICK_KINDS = ("relu", "mish")
 
 
@@ -403,9 +453,6 @@ def _activation_spatial_dreg() -> list[Case]:
         for kind in ACTIVATION_KINDS
         for case in _spatial("activation_spatial_dreg", kind, (), {"kind": kind}, kind in QUICK_KINDS)
     ]
-
-
-TANGENT_OUTPUTS = ("y", "y_dot", "tangent_sq")
 
 
 def _polynomial_tangent() -> list[Case]:
@@ -505,6 +552,7 @@ CASES: tuple[Case, ...] = (
     *_polynomial_spatial_dreg(),
     *_activation_spatial_dreg(),
     *_polynomial_tangent(),
+    *_rectified(),
     *_activation_tangent(),
     *(case for sizes in (1, 2) for with_norm in (False, True) for case in _convolutions(sizes, with_norm)),
     *_linear_polynomial_dreg(),
