@@ -369,46 +369,34 @@ TANGENT_OUTPUTS = ("y", "y_dot", "tangent_sq")
 
 
 def _rectified() -> list[Case]:
-    """``p(relu(z))``: every op that has it, and with the lowest and the highest degree the two ways of coefficients."""
-
-    def form(degree: int, sharing: str) -> str:
-        return f"rectified, degree {degree}, {sharing}"
-
+    """``p(relu(z))`` in every op that has it; for what does not depend on the function there are the other cases."""
     shared, per_channel = _coeffs(3, None), _coeffs(3, _last)
-    constants = {**RECTIFIED, "return_derivative": True}
-    outputs = ("y", "jac_sq", "derivative")
+    norm = ("y", "jac_sq")
+
+    def case(
+        op: str,
+        form: str,
+        tensors: tuple[TensorArgument, ...],
+        outputs: tuple[str, ...],
+        plain: Callable[[Arguments], tuple[Tensor, ...]],
+        constants: Mapping[str, Any] = RECTIFIED,
+    ) -> Case:
+        return Case(op, f"rectified, {form}", tensors, constants, outputs, plain, representative=False)
+
     return [
-        Case("polynomial", form(1, "shared"), (Z, _coeffs(1, None)), RECTIFIED, ("y",), _plain_value, False),
-        Case("polynomial", form(3, "shared"), (Z, shared), RECTIFIED, ("y",), _plain_value, True),
-        Case("polynomial", form(8, "per channel"), (Z, _coeffs(8, _last)), RECTIFIED, ("y",), _plain_value, False),
-        Case("polynomial_dreg", form(3, "shared"), (Z, shared), RECTIFIED, outputs[:2], _plain_dreg, False),
-        Case(
+        case("polynomial", "degree 3, shared", (Z, shared), ("y",), _plain_value),
+        case("polynomial", "degree 8, per channel", (Z, _coeffs(8, _last)), ("y",), _plain_value),
+        case("polynomial_dreg", "degree 3, shared", (Z, shared), norm, _plain_dreg),
+        case(
             "polynomial_dreg",
-            form(3, "per channel, row_sq, derivative"),
+            "degree 3, per channel, row_sq, derivative",
             (Z, per_channel, ROW_SQ),
-            constants,
-            outputs,
+            (*norm, "derivative"),
             _plain_dreg,
-            True,
+            {**RECTIFIED, "return_derivative": True},
         ),
-        Case(
-            "polynomial_spatial_dreg",
-            form(3, "shared, tap_sq"),
-            (MAPS, shared, TAP_SQ),
-            RECTIFIED,
-            outputs[:2],
-            _plain_spatial_dreg,
-            False,
-        ),
-        Case(
-            "polynomial_tangent",
-            form(3, "per channel"),
-            (Z, Z_DOT, per_channel),
-            RECTIFIED,
-            TANGENT_OUTPUTS,
-            _plain_tangent,
-            False,
-        ),
+        case("polynomial_spatial_dreg", "degree 3, shared, tap_sq", (MAPS, shared, TAP_SQ), norm, _plain_spatial_dreg),
+        case("polynomial_tangent", "degree 3, per channel", (Z, Z_DOT, per_channel), TANGENT_OUTPUTS, _plain_tangent),
     ]
 
 
