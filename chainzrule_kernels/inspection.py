@@ -189,7 +189,8 @@ def _rectified(itemsize: int) -> Iterator[Variant]:
     kind, degree = "rectified_polynomial", 3
     flat, flat_backward = _launch.flat_tiles(itemsize)[0], _launch.flat_backward_tiles(itemsize)[0]
     forward, backward = _launch.forward_tiles(itemsize)[1], _launch.backward_tiles(itemsize)[1]
-    channel, tangent = _launch.channel_tiles(itemsize, degree)[1], _launch.tangent_backward_tiles(itemsize)[1]
+    channel = _launch.channel_tiles(itemsize, _launch.channel_degree(kind, degree))[1]
+    tangent = _launch.tangent_backward_tiles(itemsize)[1]
     yield Variant("dreg_forward_kernel", kind, degree, False, flat, ("derivative", "norm"))
     yield Variant("dreg_forward_kernel", kind, degree, False, forward, ("derivative",))
     yield Variant("dreg_channel_forward_kernel", kind, degree, True, channel, ("derivative",))

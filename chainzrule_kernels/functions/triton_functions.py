@@ -202,7 +202,9 @@ def function(z, coeffs, KIND: tl.constexpr, DEGREE: tl.constexpr):
     if KIND == "polynomial":
         return polynomial(z, coeffs, DEGREE)
     elif KIND == "rectified_polynomial":
-        value, slope, curvature = polynomial(rectified(z), coeffs, DEGREE)
+        # From here on by relu(z) alone, which is positive where z is: z itself would stay in registers beside it.
+        z = rectified(z)
+        value, slope, curvature = polynomial(z, coeffs, DEGREE)
         return value, where_rising(z, slope), where_rising(z, curvature)
     else:
         return activation(z, KIND)

@@ -48,8 +48,8 @@ def _forward(
     per_channel = coeffs is not None and coeffs.dim() == 2
     channel_parameters = per_channel or row_sq is not None
     if channel_parameters:
-        plan = _launch.channel_plan(rows, columns, itemsize, degree)
-        tiles = _launch.channel_tiles(itemsize, degree)
+        plan = _launch.channel_plan(rows, columns, itemsize, _launch.channel_degree(kind, degree))
+        tiles = _launch.channel_tiles(itemsize, _launch.channel_degree(kind, degree))
     elif norm is None:
         rows, columns = 1, z.numel()
         plan, tiles = _launch.flat_plan(columns, itemsize), _launch.flat_tiles(itemsize)
@@ -114,8 +114,8 @@ def backward(
     row_sq = None if grad_norm is None else row_sq
     channel_parameters = per_channel or row_sq is not None
     if channel_parameters:
-        plan = _launch.channel_plan(rows, columns, itemsize, degree)
-        tiles = _launch.channel_tiles(itemsize, degree)
+        plan = _launch.channel_plan(rows, columns, itemsize, _launch.channel_degree(kind, degree))
+        tiles = _launch.channel_tiles(itemsize, _launch.channel_degree(kind, degree))
     elif grad_norm is None:
         rows, columns = 1, z.numel()
         plan = _launch.flat_backward_plan(columns, itemsize, needs_coeffs)

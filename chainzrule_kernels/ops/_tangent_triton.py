@@ -77,8 +77,8 @@ def _backward(
     degree = 0 if coeffs is None else coeffs.shape[0] - 1
     per_channel = coeffs is not None and coeffs.dim() == 2
     if per_channel:
-        plan = _launch.channel_plan(rows, columns, itemsize, degree)
-        tiles = _launch.channel_tiles(itemsize, degree)
+        plan = _launch.channel_plan(rows, columns, itemsize, _launch.channel_degree(kind, degree))
+        tiles = _launch.channel_tiles(itemsize, _launch.channel_degree(kind, degree))
     else:
         plan = _launch.tangent_backward_plan(rows, columns, itemsize, needs_coeffs)
         tiles = _launch.tangent_backward_tiles(itemsize)

@@ -151,8 +151,8 @@ def add_coefficient_gradients(
     must have all three zero.
     """
     if KIND == "rectified_polynomial":
-        at_slope = where_rising(z, at_slope)
         z = rectified(z)
+        at_slope = where_rising(z, at_slope)
     added = ()
     power = z
     for k in tl.static_range(DEGREE + 1):
