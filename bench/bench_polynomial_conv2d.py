@@ -18,7 +18,7 @@ from torch import Tensor
 
 import chainzrule_kernels as ck
 from bench import measure
-from bench.providers import STAGES, Provider, output_and_gradients, provider
+from bench.providers import Provider, compiled, output_and_gradients, provider
 from bench.workloads import Workload
 
 BATCH = 16
@@ -117,12 +117,11 @@ def _providers(op: str, layer: Layer, stage: str) -> list[Provider]:
     if not with_norm:
         found.append(provider("unfold", unfolded, rows_first, stage, exact))
     found.append(provider("eager", plain, work, stage, exact))
-    found.append(provider("compile", torch.compile(plain, dynamic=False), work, stage, exact))
+    found.append(provider("compile", compiled(plain, work), work, stage, exact))
     found.append(provider("fused", fused_dreg if with_norm else fused, work, stage, exact))
     return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("op", ["polynomial_conv2d", "polynomial_conv2d_dreg"])
 def test_polynomial_conv2d(compare: Callable[..., None], op: str, layer: Layer, stage: str) -> None:
     compare(op, str(layer), stage, _providers(op, layer, stage))

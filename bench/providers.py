@@ -41,12 +41,11 @@ class Provider:
 def providers_of(workload: Workload, stage: str) -> list[Provider]:
     """Everything that a workload is compared with, the fused kernels last."""
     exact = output_and_gradients(workload.reference, workload.in_float64(), stage)
-    compiled = _compiled(workload)
     return [
         *copies(workload, stage),
         *_matrix_product(workload, stage),
         provider("eager", workload.reference, workload, stage, exact),
-        provider("compile", compiled, workload, stage, exact),
+        provider("compile", compiled(workload.reference, workload), workload, stage, exact),
         provider("fused", workload.fused, workload, stage, exact),
     ]
 
@@ -118,13 +117,13 @@ def disagreement(results: Any, exact: Sequence[Tensor | None], tolerance: float)
 _latest_compiled: tuple[tuple[str, str], Callable[..., Any]] | None = None
 
 
-def _compiled(workload: Workload) -> Callable[..., Any]:
-    """torch.compile of the definition, for these very shapes, shared by the stages of one workload."""
+def compiled(function: Callable[..., Any], workload: Workload) -> Callable[..., Any]:
+    """torch.compile of a function for these very shapes, shared by the stages of one workload."""
     global _latest_compiled
     key = (workload.op, workload.label)
     if _latest_compiled is None or _latest_compiled[0] != key:
         torch.compiler.reset()
-        _latest_compiled = (key, torch.compile(workload.reference, dynamic=False))
+        _latest_compiled = (key, torch.compile(function, dynamic=False))
     return _latest_compiled[1]
 
 

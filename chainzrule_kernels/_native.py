@@ -1,8 +1,8 @@
 """Loads the compiled CPU module, or says why there is none.
 
-The import of ``chainzrule_kernels._cpu`` registers its kernels with the operators' CPU key (``csrc/cpu/ops.cpp``), that
-of ``ops/_convolution_cpu.py`` the convolution's, which is written in Python around two of them. From Python the module
-only answers what it was built for.
+The import of ``chainzrule_kernels._cpu`` registers its kernels with the operators' CPU key (``csrc/cpu/ops.cpp``);
+``ops/_convolution_cpu.py`` adds the convolution's, written in Python around two of them. From Python the module only
+answers what it was built for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if os.environ.get("CHAINZRULE_KERNELS_NO_NATIVE", "0") not in ("", "0"):
 else:
     try:
         cpu = import_module("chainzrule_kernels._cpu")
-        import_module("chainzrule_kernels.ops._convolution_cpu")
+        import_module("chainzrule_kernels.ops._convolution_cpu").register()
     except ModuleNotFoundError:
         missing_because = (
             "the compiled CPU module is not installed (it is built where torch and a C++ compiler are found)"

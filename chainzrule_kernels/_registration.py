@@ -29,6 +29,12 @@ Definition = Callable[..., Any]
 Arrange = Callable[[tuple[Any, ...], Tensor], Tensor]
 Derivative = Callable[[tuple[Any, ...], tuple[bool, ...], Sequence[Tensor | None]], Sequence[Tensor | None]]
 Tangent = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor]]
+StandIn = Callable[[tuple[Any, ...]], bool]
+
+
+def never(inputs: tuple[Any, ...]) -> bool:
+    """The first input is needed itself."""
+    return False
 
 
 def contiguous(inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -52,6 +58,8 @@ class Operator:
         saves: the positions of outputs that the derivatives need beside the inputs. The vjp and the jvp find them
             behind the inputs, and a second derivative reaches them as gradients that arrive for these outputs.
         arrange: ``(inputs, output) -> output``: the same values laid out in memory as every kernel lays them out.
+        stands_in: ``inputs -> whether the derivatives may be taken at the first output in place of the first input``,
+            which is then not kept: what comes next keeps the output in any case.
     """
 
     def __init__(
@@ -64,13 +72,14 @@ class Operator:
         jvp: Tangent,
         saves: Sequence[int] = (),
         arrange: Arrange = contiguous,
+        stands_in: StandIn = never,
     ) -> None:
         library.define(schema)
         self.name = schema.split("(")[0]
         self.definition = definition
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         eager_function, self.transformable_function = _differentiable_functions(
-            self.overload, definition, vjp, jvp, tuple(saves)
+            self.overload, definition, vjp, jvp, tuple(saves), stands_in
         )
         # Function.apply adds only checks for torch.func transforms, which __call__ has made. They take microseconds.
         self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
@@ -120,7 +129,12 @@ def _nested_forward_mode() -> bool:
 
 
 def _differentiable_functions(
-    overload: Any, definition: Definition, vjp: Derivative, jvp: Tangent, saves: tuple[int, ...]
+    overload: Any,
+    definition: Definition,
+    vjp: Derivative,
+    jvp: Tangent,
+    saves: tuple[int, ...],
+    stands_in: StandIn,
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The operator as an autograd Function: once for eager calls, once for ``torch.func`` transforms.
 
@@ -160,7 +174,8 @@ def _differentiable_functions(
             ctx.set_materialize_grads(False)
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = overload(*inputs)
-            tensors = (*inputs[:tensor_count], *(outputs[index] for index in saves))
+            first = outputs[0] if stands_in(inputs) else inputs[0]
+            tensors = (first, *inputs[1:tensor_count], *(outputs[index] for index in saves))
             ctx.save_for_backward(*tensors)
             if forward_ad._current_level >= 0:
                 ctx.save_for_forward(*tensors)

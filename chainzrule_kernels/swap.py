@@ -5,8 +5,8 @@ there is an identity, with the activation's parameters under their names. So the
 parameters are the same objects, and an optimizer that holds them goes on.
 
 What it is good for: without gradients the activation works in the memory of the matrix product, so that an evaluation
-needs less of it; and :class:`chainzrule_kernels.DREG` finds a layer that computes its Jacobian norm itself, with nothing
-put on the model's modules. In training without DREG a swapped model does what the plain one does, with the same kernels.
+needs less of it; and :class:`chainzrule_kernels.DREG` finds a layer that computes its Jacobian norm itself, with
+nothing put on the model's modules. In training without DREG a swapped model runs the same kernels as the plain one.
 """
 
 from __future__ import annotations

@@ -142,6 +142,7 @@ def draw(path: Path, measurements: list[Measurement]) -> None:
                         color=COLOURS["pkn"],
                     )  # fmt: skip
                 axes.set(yscale="log", title=f"{depth} layers, {'' if has_batch_norm else 'no '}batch norm")
+                axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.grid(alpha=0.25)
             grid[row][0].set_ylabel("gradient norm at the start")
         for axes in grid[1]:

@@ -33,7 +33,7 @@ def each_dtype(dtypes: Sequence[torch.dtype] = DTYPES) -> Callable[..., Any]:
 
 def is_linear(case: Case) -> bool:
     """Whether the op contains a matrix product or a convolution, which is the library's."""
-    return case.op.startswith(("linear_", "polynomial_conv"))
+    return case.has_weight
 
 
 def sums_as_memory_lies(case: Case) -> bool:

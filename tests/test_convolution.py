@@ -13,7 +13,7 @@ from shared import FULLEST, Recorder, assert_same, differentiate, each, gradient
 from torch import Tensor
 
 import chainzrule_kernels as ck
-from chainzrule_kernels.ops._convolution_cpu import ELEMENTS_PER_BLOCK
+from chainzrule_kernels.ops import _convolution, _convolution_cpu
 from chainzrule_kernels.testing.accuracy import error_of
 from chainzrule_kernels.testing.cases import Case
 from chainzrule_kernels.testing.layouts import channels_innermost
@@ -143,19 +143,34 @@ def test_padding_is_not_a_zero_of_the_result(device: str) -> None:
 # ---- blocks, layouts, dtypes ----------------------------------------------------------------------------------------
 
 
+def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().requires_grad_() for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 7])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("arrange", [lambda values: values, channels_innermost], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_batch_of_several_blocks(
-    dtype: torch.dtype, arrange: Callable[[Tensor], Tensor], per_channel: bool, device: str
+    dtype: torch.dtype,
+    arrange: Callable[[Tensor], Tensor],
+    per_channel: bool,
+    blocks: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     numbers = torch.Generator().manual_seed(1)
     shapes = {"x": (7, 16, 40, 41), "weight": (48, 16, 3, 3), "bias": (48,), "coeffs": (4, 48) if per_channel else (4,)}
     tensors = {name: torch.randn(shape, generator=numbers) / 4 for name, shape in shapes.items()}
-    assert ELEMENTS_PER_BLOCK // (48 * 40 * 41) < 7  # more than one block
+    samples = {1: 7, 4: 2, 7: 1}[blocks]
+    monkeypatch.setattr(_convolution_cpu, "ELEMENTS_AT_ONCE", samples * 48 * 40 * 41)
+    monkeypatch.setattr(_convolution_cpu, "ELEMENTS_PER_BLOCK", samples * 48 * 40 * 41)
     tensors = {name: value.to(device, dtype) for name, value in tensors.items()}
     tensors["x"] = arrange(tensors["x"])
     function = lambda t: ck.polynomial_conv2d_dreg(**t, padding=1)  # noqa: E731
+    with torch.no_grad():
+        y, jac_sq = function(tensors)  # nothing is kept, and y may take the place of s
+    assert_same([y, jac_sq], [result.detach() for result in function(_leaves(tensors))], rtol=0.0, atol=0.0)
     gradients = [gradient.abs() for gradient in gradients_for(function(tensors))]
     found = differentiate(function, tensors, gradients)
     doubles = {name: value.double() for name, value in tensors.items()}
@@ -231,3 +246,21 @@ def test_derivatives_of_an_operator_that_kept_nothing(case: Case, device: str) -
         found.append(torch.autograd.grad(loss, wanted))
     assert len(found[0]) == count
     assert_same(*found)
+
+
+def test_on_the_meta_device_there_are_shapes_and_nothing_else() -> None:
+    x, weight, coeffs = (torch.empty(shape, device="meta") for shape in ((2, 3, 5, 6), (4, 3, 3, 3), (4,)))
+    with ck.backend("auto"):
+        y, jac_sq = ck.polynomial_conv2d_dreg(x, weight, None, coeffs, padding=1)
+    assert (y.shape, jac_sq.shape, y.device.type) == ((2, 4, 5, 6), (2,), "meta")
+
+
+def test_the_squared_taps_are_summed_in_float32_under_autocast() -> None:
+    # By matrix products, which autocast would round.
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3)
+    x = torch.randn(2, 3, 5, 6)
+    where = _convolution.geometry((3, 3), 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _convolution.squared_taps(weight, x, where)
+    assert torch.equal(found, _convolution.squared_taps(weight, x, where))

@@ -184,7 +184,7 @@ def test_loss_gradient_norms_are_those_of_each_sample_alone():
 def test_table_prints_aligned_columns():
     model = ck.nn.ChainzRuleNet((2, 3, 3, 1))
     lines = str(ck.DREG(model).layers).splitlines()
-    assert lines[0].split() == ["name", "module", "units", "penalises", "note"]
+    assert lines[0].split() == ["name", "module", "units", "penalises", "weight", "note"]
     assert [line.split()[:4] for line in lines[1:]] == [
         ["0", "PolynomialLinear", "3", "layer"],
         ["1", "PolynomialLinear", "3", "layer"],

@@ -153,6 +153,28 @@ def test_polynomial_layers_one_behind_the_other():
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 5), ck.nn.PolyReLU()), (4,)),
+        (lambda: ck.nn.PolynomialConv2d(2, 3, 3, padding=1, noise=0.3), (2, 4, 3)),
+        (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), ck.nn.ReactPKN()), (2, 4, 3)),
+    ],
+    ids=["PolyReLU", "PolynomialConv2d", "ReactPKN"],
+)
+def test_the_first_layer_has_accumulated_its_own_jacobian(build, shape):
+    torch.manual_seed(1)
+    model = build().double()
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    jacobians = torch.stack([torch.func.jacrev(lambda s: model(s[None])[0])(sample) for sample in x])
+    for options in ({"variant": "layer"}, {"variant": "accumulated", "probes": "exact"}):
+        reg = ck.DREG(model, **options)
+        model(x)
+        ((norms,),) = reg.jac_sq().values()
+        torch.testing.assert_close(norms, jacobians.square().flatten(1).sum(1))
+        reg.remove()
+
+
 def test_start_is_where_the_jacobian_begins():
     model, x = built("vision transformer")
     reg = ck.DREG(model, variant="accumulated", probes="exact", start="blocks.0.fc1")

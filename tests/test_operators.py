@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import chainzrule_kernels as ck
+from chainzrule_kernels.functions import SAME_DERIVATIVES_AT_VALUE
 from chainzrule_kernels.testing.cases import Case
 from chainzrule_kernels.testing.layouts import LAYOUTS, Layout
 
@@ -136,10 +139,29 @@ def test_training_keeps_one_tensor_of_the_size_of_the_activations(case: Case, de
         results = case(tensors)
     new = {pointer: size for pointer, size in saved.items() if pointer not in given}
     activations = [size for size in new.values() if size >= rows * 4]
-    if is_linear(case):
-        assert activations == [results[0].untyped_storage().nbytes()]  # z
+    value = results[0].untyped_storage()
+    if case.constants.get("kind") in SAME_DERIVATIVES_AT_VALUE:
+        assert saved[value.data_ptr()] == value.nbytes()  # y, which what comes next keeps anyway
+        assert len(activations) == 1
+        assert tensors[next(iter(tensors))].untyped_storage().data_ptr() not in saved or is_linear(case)  # and not z
+    elif is_linear(case):
+        assert activations == [value.nbytes()]  # z
     else:
         assert new == {}  # z is the caller's own
+
+
+@each([case for case in REPRESENTATIVE if case.constants.get("kind") in SAME_DERIVATIVES_AT_VALUE])
+def test_derivatives_taken_at_the_value_are_those_at_z(case: Case, device: str) -> None:
+    tensors = case.arguments((8, 3), device=device)
+    special = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45], device=device)
+    first = tensors[next(iter(tensors))]
+    if not is_linear(case):
+        first.flatten()[: special.numel()].copy_(special)
+    found = differentiate(case, tensors)
+    with ck.backend("reference"):
+        expected = differentiate(case, tensors)
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, equal_nan=True)
 
 
 @each_dtype(DTYPES)

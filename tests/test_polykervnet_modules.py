@@ -277,6 +277,27 @@ def test_dreg_penalises_the_jacobian_of_an_activation_behind_its_layer(name, is_
     assert all(0 < row.nonlinearity < 1 for row in reg.report(x))
 
 
+@every_module
+def test_dreg_takes_the_jacobian_of_each_module(name):
+    module, x = modules(torch.float64)[name]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        model = nn.Sequential(module)
+    else:
+        model = nn.Sequential(nn.Conv2d(4, 3, 2, **FLOAT64), module)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda sample: model(sample[None])[0]))(x)
+    y = model(x)
+    expected = jacobian.flatten(1).square().sum(1).mean()
+    # With one layer it is that layer's own, exactly, in either variant.
+    for arguments in ({"variant": "accumulated", "probes": "exact"}, {"variant": "layer"}):
+        reg = ck.DREG(model, 1.0, **arguments)
+        torch.testing.assert_close(model(x), y)
+        torch.testing.assert_close(reg.penalty(), expected)
+        spread = (jacobian - jacobian.mean(0)).square().sum() / jacobian.square().sum()
+        if arguments["variant"] == "layer":
+            assert reg.report(x)[0].nonlinearity == pytest.approx(spread.item(), abs=1e-6)
+        reg.remove()
+
+
 @pytest.mark.parametrize("variant", ["layer", "activation"])
 def test_dreg_penalises_a_kernel_convolution(variant):
     torch.manual_seed(0)

@@ -38,6 +38,7 @@ from chainzrule_kernels.nn.jacobian_record import (
     set_source,
     source_of,
 )
+from chainzrule_kernels.ops._convolution import geometry, squared_taps
 
 
 class Interception:
@@ -162,32 +163,10 @@ class MarkingLinear(Interception):
         assert isinstance(weight, Tensor)
         weight = weight.to(compute_dtype(y))
         if isinstance(self.module, CONVOLUTIONS):
-            return squared_tap_norms(self.module, weight, x)
+            convolution = self.module
+            where = geometry(weight.shape[2:], convolution.stride, convolution.padding, convolution.dilation)
+            return squared_taps(weight, x, where)
         return weight.square().sum(0 if is_transformers_conv1d(self.module) else 1)
-
-
-def squared_tap_norms(convolution: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    """For each output channel and position, the sum of ``W²`` over the taps that fall inside the image.
-
-    Args:
-        convolution: a :class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` that pads with zeros.
-        weight: its weight, in the dtype to compute in.
-        x: its input, of which only the size matters.
-
-    Returns:
-        ``(C, *spatial)``, or ``(C,)`` without padding, where every tap falls inside.
-    """
-    assert isinstance(convolution, CONVOLUTIONS)
-    squares = weight.square().sum(1, keepdim=True)
-    padding = convolution.padding
-    if padding == "valid" or (padding != "same" and not any(padding)):
-        return squares.flatten(1).sum(1)
-    spatial = weight.dim() - 2
-    function = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-    inside = squares.new_ones(1, 1, *x.shape[x.dim() - spatial :])
-    with torch.autocast(x.device.type, enabled=False):
-        sums: Tensor = function(inside, squares, None, convolution.stride, padding, convolution.dilation)
-    return sums[0]
 
 
 class Handing(Interception):

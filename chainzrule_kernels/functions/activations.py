@@ -117,6 +117,9 @@ _DERIVATIVES: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
 
 ACTIVATION_KINDS: tuple[str, ...] = tuple(_DERIVATIVES)
 
+SAME_DERIVATIVES_AT_VALUE = frozenset({"relu"})
+"""The kinds with ``f^(k)(f(z)) = f^(k)(z)`` for ``k >= 1``, whose derivatives need ``y`` and not ``z``."""
+
 
 class Activation:
     """One of :data:`ACTIVATION_KINDS`, with exact derivatives up to the third."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from chainzrule_kernels import _checks, coefficients
 from chainzrule_kernels.coefficients import check_degree, check_flag
+from chainzrule_kernels.functions import Polynomial
+from chainzrule_kernels.functions.base import ScalarFunction
 from chainzrule_kernels.nn.jacobian_record import (
     ActivationRecords,
     JacobianRecord,
@@ -25,6 +27,7 @@ from chainzrule_kernels.nn.jacobian_record import (
 from chainzrule_kernels.nn.polynomial import check_noise, reset_coefficients
 from chainzrule_kernels.nn.scalar_parameters import ScalarParameters
 from chainzrule_kernels.ops._convolution import geometry, squared_taps
+from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_conv1d.op import polynomial_conv1d
 from chainzrule_kernels.ops.polynomial_conv1d_dreg.op import polynomial_conv1d_dreg
 from chainzrule_kernels.ops.polynomial_conv2d.op import polynomial_conv2d
@@ -158,11 +161,29 @@ class PolynomialConvolution(nn.modules.conv._ConvNd):
             return y
         z = self._convolution(x, weight, bias, *where)
         tap_sq = squared_taps(weight, x, geometry(weight.shape[2:], *where[:3])) if with_weight else None
-        return record.apply(LearnablePolynomial(coeffs), z, tap_sq, spatial)
+        return record.apply(_PolynomialOfChannels(coeffs, spatial), z, tap_sq, spatial)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
         return f"{super().extra_repr()}, degree={self.degree}"
+
+
+class _PolynomialOfChannels(LearnablePolynomial):
+    """A polynomial for each channel of feature maps, or one for all, as records call it."""
+
+    def __init__(self, coeffs: Tensor, spatial: int) -> None:
+        super().__init__(coeffs)
+        self.channels = -1 - spatial
+
+    @property
+    def scalar(self) -> ScalarFunction:
+        """The function of one number."""
+        coeffs = self.coeffs
+        return Polynomial(coeffs.reshape(*coeffs.shape, *(1,) * (-1 - self.channels)) if coeffs.dim() == 2 else coeffs)
+
+    def value(self, z: Tensor) -> Tensor:
+        """``y`` alone."""
+        return polynomial(z.movedim(self.channels, -1), self.coeffs).movedim(-1, self.channels)
 
 
 class _Convolution1d(PolynomialConvolution, nn.Conv1d):

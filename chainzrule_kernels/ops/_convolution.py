@@ -43,10 +43,13 @@ class Geometry:
 
     def out_size(self, size: Sequence[int], window: Sequence[int]) -> list[int]:
         """The spatial sizes of the result."""
-        geometry = zip(size, window, self.stride, self.padding, self.dilation, strict=True)
-        return [
-            (length + sum(pair) - step * (taps - 1) - 1) // stride + 1 for length, taps, stride, pair, step in geometry
-        ]
+        where = zip(size, window, self.stride, self.padding, self.dilation, strict=True)
+        return [out_size(length, taps, stride, sum(pair), apart) for length, taps, stride, pair, apart in where]
+
+
+def out_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """How many windows there are in one dimension; ``padding`` on both sides together."""
+    return (size + padding - dilation * (taps - 1) - 1) // stride + 1
 
 
 def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation: Numbers) -> Geometry:
@@ -92,7 +95,7 @@ def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
 
     Args:
         weight: ``(K, C / groups, *window)``.
-        x: ``(B, C, *spatial)``, of which only shape, dtype and device count.
+        x: ``(B, C, *spatial)`` or ``(C, *spatial)``, of which only shape, dtype and device count.
         where: the windows.
 
     Returns:
@@ -103,27 +106,32 @@ def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
     sums = weight.square().sum(1)
     if not where.padded:
         return sums.flatten(1).sum(1)
-    window, size = weight.shape[2:], x.shape[2:]
-    for dimension, windows in enumerate(where.out_size(size, window)):
-        low, _ = where.padding[dimension]
-        begin = torch.arange(windows, device=x.device) * where.stride[dimension] - low
-        tap = torch.arange(window[dimension], device=x.device) * where.dilation[dimension]
-        place = begin + tap[:, None]
-        inside = (place >= 0) & (place < size[dimension])
-        # The first dimension behind K is the one whose taps are summed; its windows go to the end.
-        sums = sums.movedim(1, -1) @ inside.to(sums.dtype)
+    window = weight.shape[2:]
+    size = x.shape[x.dim() - len(window) :]
+    with without_autocast(x.device):
+        for dimension, windows in enumerate(where.out_size(size, window)):
+            low, _ = where.padding[dimension]
+            begin = torch.arange(windows, device=x.device) * where.stride[dimension] - low
+            tap = torch.arange(window[dimension], device=x.device) * where.dilation[dimension]
+            place = begin + tap[:, None]
+            inside = (place >= 0) & (place < size[dimension])
+            # The first dimension behind K is the one whose taps are summed; its windows go to the end.
+            sums = sums.movedim(1, -1) @ inside.to(sums.dtype)
     return sums
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast would send float32 convolutions to half precision."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    """Autocast would send float32 convolutions and matrix products to half precision."""
+    return torch.autocast(device.type, enabled=False) if _autocast(device) else nullcontext()
 
 
 def dtype_of_convolution(x: Tensor) -> torch.dtype:
     """That of ``x``; under autocast, as for PyTorch's convolutions, the autocast dtype."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and _autocast(x.device):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _autocast(device: torch.device) -> bool:
+    # Of devices that have none, such as meta, PyTorch refuses to say whether it is enabled.
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -1,12 +1,14 @@
 """The CPU kernel of ``polynomial_convolution``: the library's convolution by blocks, and behind each the compiled pass.
 
-A block is a few samples: its sums ``s`` are still in the cache when the polynomial, its derivative and the norm are
-taken. What is written to memory is ``y``, and ``s`` where it is kept. Half precision is convolved in float32, block by
-block. How the batch is cut depends on the shapes alone.
+A block is as many samples as fit into the cache: their sums ``s`` are still there when the polynomial, its derivative
+and the norm are taken, and what is written to memory is ``y``, and ``s`` where it is kept. A batch that hardly leaves
+the cache is one call of the library; in inference ``y`` then takes the place of ``s``. Half precision is convolved in
+float32, block by block. How the batch is cut depends on the shapes alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +20,11 @@ from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.ops._convolution import convolved, without_autocast
 from chainzrule_kernels.ops._convolution_operator import innermost, out_shape
 
-ELEMENTS_PER_BLOCK = 1 << 18
-"""Of the result: 1 MiB of float32, about the second-level cache of a core."""
+ELEMENTS_AT_ONCE = 1 << 22
+"""Of the result of one call for the whole batch: 16 MiB of float32. A block would be copied to its place in ``y``."""
+
+ELEMENTS_PER_BLOCK = 1 << 21
+"""Of the result: 8 MiB of float32, which a third-level cache holds. Smaller blocks cost more calls than they save."""
 
 _private = torch.ops.chainzrule_kernels
 BlockConvolution = Callable[[Tensor], Tensor]
@@ -32,20 +37,26 @@ def polynomial_convolution(
     *where, with_norm, keep_s = rest
     dtype = compute_dtype(x)
     shape = out_shape(x, weight, *where[:3])
+    batch = shape[0]
     channels_last = innermost(x, weight)
-    y = _empty(x, shape, channels_last)
-    s = _empty(x, shape, channels_last) if keep_s else x.new_empty(0)
-    jac_sq = x.new_empty(shape[0] if with_norm else 0, dtype=dtype)
-    per_sample = max(1, y[0].numel() if shape[0] else 1)
-    block = max(1, min(ELEMENTS_PER_BLOCK // per_sample, shape[0]))
+    jac_sq = x.new_empty(batch if with_norm else 0, dtype=dtype)
+    per_sample = max(1, math.prod(shape[1:]))
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    coeffs = coeffs.to(dtype).contiguous()
+    tap_sq = None if tap_sq is None else tap_sq.to(dtype)
     with without_autocast(x.device):
-        convolve = _block_convolution(
-            x, weight.to(dtype), None if bias is None else bias.to(dtype), block, channels_last, *where
-        )
-        coeffs = coeffs.to(dtype).contiguous()
-        tap_sq = None if tap_sq is None else tap_sq.to(dtype)
-        for begin in range(0, shape[0], block):
-            count = min(block, shape[0] - begin)
+        if x.dtype == dtype and 0 < batch * per_sample <= ELEMENTS_AT_ONCE:
+            s = _laid_out(convolved(x, weight, bias, *where), channels_last)
+            y = _empty(x, shape, channels_last) if keep_s else s
+            _private._polynomial_convolution_block(s, tap_sq, coeffs, y, jac_sq if with_norm else None, None)
+            return y, jac_sq, s if keep_s else x.new_empty(0)
+        y = _empty(x, shape, channels_last)
+        s = _empty(x, shape, channels_last) if keep_s else x.new_empty(0)
+        block = max(1, min(ELEMENTS_PER_BLOCK // per_sample, batch))
+        convolve = _block_convolution(x, weight, bias, block, channels_last, *where)
+        for begin in range(0, batch, block):
+            count = min(block, batch - begin)
             _private._polynomial_convolution_block(
                 convolve(x.narrow(0, begin, count).to(dtype)),
                 tap_sq,
@@ -111,4 +122,6 @@ def _laid_out(s: Tensor, channels_last: bool) -> Tensor:
     return s.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else s.contiguous()
 
 
-library.impl("polynomial_convolution", polynomial_convolution, "CPU")
+def register() -> None:
+    """Make this the operator's kernel for CPU tensors. The compiled module must be loaded."""
+    library.impl("polynomial_convolution", polynomial_convolution, "CPU")

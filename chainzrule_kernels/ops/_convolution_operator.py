@@ -17,7 +17,7 @@ from chainzrule_kernels import _checks, backends
 from chainzrule_kernels._registration import Operator, library, may_be_differentiated
 from chainzrule_kernels.functions import Polynomial, compute_dtype
 from chainzrule_kernels.ops import _spatial_calculus
-from chainzrule_kernels.ops._convolution import Geometry, Numbers, Padding, convolved, without_autocast
+from chainzrule_kernels.ops._convolution import Numbers, Padding, convolved, out_size, without_autocast
 from chainzrule_kernels.ops._convolution_definition import (
     operator_arguments,
     polynomial_conv,
@@ -88,8 +88,12 @@ def _arrange(inputs: tuple[Any, ...], output: Tensor) -> Tensor:
 
 def out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
     """The shape of ``s`` and ``y``."""
-    where = Geometry(tuple(stride), tuple((pad, pad) for pad in padding), tuple(dilation))
-    return [x.shape[0], weight.shape[0], *where.out_size(x.shape[2:], weight.shape[2:])]
+    where = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return [
+        x.shape[0],
+        weight.shape[0],
+        *(out_size(size, taps, step, 2 * pad, apart) for size, taps, step, pad, apart in where),
+    ]
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Any, coeffs: Any, tap_sq: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

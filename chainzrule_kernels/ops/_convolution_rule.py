@@ -154,7 +154,7 @@ def arithmetic(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def tf32_allowed() -> bool:
     """Whether PyTorch lets convolutions round float32 to TF32.
 

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from chainzrule_kernels._registration import Arrange, Operator, contiguous
-from chainzrule_kernels.functions import Activation, ScalarFunction, compute_dtype, polynomial_of
+from chainzrule_kernels.functions import (
+    SAME_DERIVATIVES_AT_VALUE,
+    Activation,
+    ScalarFunction,
+    compute_dtype,
+    polynomial_of,
+)
 from chainzrule_kernels.ops._dreg_calculus import Optional3
 from chainzrule_kernels.ops._terms import cast
 
@@ -91,6 +97,9 @@ def register_pair(
         if has_coeffs:
             return polynomial_of(inputs[2].to(compute_dtype(inputs[0])), selected)
         return Activation(selected)
+
+    def value_stands_in(inputs: tuple[Any, ...]) -> bool:
+        return not has_coeffs and inputs[2] in SAME_DERIVATIVES_AT_VALUE
 
     def computed(z: Tensor, values: Sequence[Tensor | None]) -> Any:
         """The tensors in the dtype in which an op on ``z`` computes; absent ones stay absent."""
@@ -198,6 +207,7 @@ def register_pair(
         vjp=forward_vjp,
         jvp=forward_jvp,
         arrange=arrange,
+        stands_in=value_stands_in,
     )
     arguments = [
         *parameters,

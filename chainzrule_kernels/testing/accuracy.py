@@ -86,7 +86,9 @@ def measure(
     tensors, gradients = draw(case, layout, dtype, parameter_dtype, device, seed)
     exact = in_float64(case, tensors, gradients)
     plain_errors = _plain_errors(case, tensors, gradients, exact, dtype)
-    values = layout if layout.changes_values else Layout("contiguous", layout.shape, contiguous)
+    # A library's product or convolution takes another order of sums for another layout.
+    as_laid_out = layout.changes_values or case.has_weight
+    values = layout if as_laid_out else Layout("contiguous", layout.shape, contiguous)
     for quantity, error in _plain_errors_of_other_draws(case, values, dtype, parameter_dtype, seed).items():
         plain_errors[quantity] = max(plain_errors[quantity], error)
     judged = {}

@@ -73,8 +73,12 @@ class Case:
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """The layouts to go through; long rows are left to the ops without a weight matrix, which would be huge."""
-        has_weight = any(argument.name == "weight" for argument in self.tensors)
-        return tuple(layout for layout in LAYOUTS if not (has_weight and layout.shape[-1] > 1000))
+        return tuple(layout for layout in LAYOUTS if not (self.has_weight and layout.shape[-1] > 1000))
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the op contains a matrix product or a convolution."""
+        return any(argument.name == "weight" for argument in self.tensors)
 
     def arguments(
         self,
