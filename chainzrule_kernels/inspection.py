@@ -57,7 +57,7 @@ class Variant:
 
     Attributes:
         kernel: the name of the function.
-        kind: ``"polynomial"`` or an activation.
+        kind: ``"polynomial"``, ``"rectified_polynomial"`` or an activation.
         degree: of the polynomial; 0 for an activation.
         per_channel: whether there are coefficients for each channel.
         tile: what is compiled in of the launch.
@@ -74,7 +74,9 @@ class Variant:
     @property
     def name(self) -> str:
         """Unique in :func:`variants`."""
-        function = f"degree {self.degree}" if self.degree else self.kind
+        function = self.kind if self.degree == 0 else f"degree {self.degree}"
+        if self.kind == "rectified_polynomial":
+            function = f"rectified, {function}"
         parts = [function, "per channel"] if self.per_channel else [function]
         parts.append(self.tile.name)
         parts += [f"no {name}" for name in self.absent]
@@ -128,9 +130,9 @@ def itemsize(dtype: str) -> int:
 def variants(itemsize: int, arch: str, *, quick: bool = False) -> Iterator[Variant]:
     """The kernels that are looked at: every kernel with every tile that its plans can choose.
 
-    The cubic with all tiles, the highest degree and every activation with the ``middle`` tile, where registers are
-    scarcest. All gradients arrive and all are wanted, except that ``derivative`` is an output rarely asked for and
-    has one variant.
+    The cubic with all tiles; the highest degree, the rectified cubic and every activation with the ``middle`` tile,
+    where registers are scarcest. All gradients arrive and all are wanted, except that ``derivative`` is an output
+    rarely asked for and has one variant.
 
     Args:
         itemsize: of the data, in bytes; it decides the tiles.
@@ -173,6 +175,7 @@ def variants(itemsize: int, arch: str, *, quick: bool = False) -> Iterator[Varia
     channel, tangent = _launch.channel_tiles(itemsize, 0)[1], _launch.tangent_backward_tiles(itemsize)[1]
     yield Variant("dreg_forward_kernel", "polynomial", 3, False, forward)
     yield Variant("dreg_backward_kernel", "polynomial", 3, False, backward)
+    yield from _rectified(itemsize)
     for kind in ACTIVATION_KINDS:
         function = (kind, 0, False)
         no_sums = ("coeffs", "coefficient_sums")
@@ -180,6 +183,21 @@ def variants(itemsize: int, arch: str, *, quick: bool = False) -> Iterator[Varia
         yield Variant("dreg_backward_kernel", *function, backward, (*no_sums, *no_grad_derivative))
         yield Variant("dreg_channel_backward_kernel", *function, channel, (*no_sums, *no_grad_derivative))
         yield Variant("tangent_backward_kernel", *function, tangent, no_sums)
+
+
+def _rectified(itemsize: int) -> Iterator[Variant]:
+    kind, degree = "rectified_polynomial", 3
+    flat, flat_backward = _launch.flat_tiles(itemsize)[0], _launch.flat_backward_tiles(itemsize)[0]
+    forward, backward = _launch.forward_tiles(itemsize)[1], _launch.backward_tiles(itemsize)[1]
+    channel = _launch.channel_tiles(itemsize, _launch.channel_degree(kind, degree))[1]
+    tangent = _launch.tangent_backward_tiles(itemsize)[1]
+    yield Variant("dreg_forward_kernel", kind, degree, False, flat, ("derivative", "norm"))
+    yield Variant("dreg_forward_kernel", kind, degree, False, forward, ("derivative",))
+    yield Variant("dreg_channel_forward_kernel", kind, degree, True, channel, ("derivative",))
+    yield Variant("dreg_backward_kernel", kind, degree, False, flat_backward, ("grad_norm", "grad_derivative"))
+    yield Variant("dreg_backward_kernel", kind, degree, False, backward, ("grad_derivative",))
+    yield Variant("dreg_channel_backward_kernel", kind, degree, True, channel, ("grad_derivative",))
+    yield Variant("tangent_backward_kernel", kind, degree, False, tangent)
 
 
 def _products(itemsize: int, arch: str, quick: bool) -> Iterator[Variant]:

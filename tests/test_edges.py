@@ -35,9 +35,9 @@ def test_backward_operators_when_no_gradient_arrives(wanted: bool) -> None:
     z, z_dot, coeffs = torch.randn(4, 17), torch.randn(2, 4, 17), torch.randn(4)
     nothing = (None, None, None)
     found = [
-        operators.polynomial_dreg_backward(z, torch.rand(17), coeffs, *nothing, wanted, wanted, wanted),
+        operators.polynomial_dreg_backward(z, torch.rand(17), coeffs, *nothing, False, wanted, wanted, wanted),
         operators.activation_dreg_backward(z, torch.rand(17), *nothing, "mish", wanted, wanted),
-        operators.polynomial_tangent_backward(z, z_dot, coeffs, *nothing, wanted, wanted, wanted),
+        operators.polynomial_tangent_backward(z, z_dot, coeffs, *nothing, False, wanted, wanted, wanted),
         operators.activation_tangent_backward(z, z_dot, *nothing, "mish", wanted, wanted),
     ]
     for results in found:
@@ -50,7 +50,7 @@ def test_backward_operators_when_no_gradient_arrives(wanted: bool) -> None:
 def test_backward_operator_refuses_the_gradient_of_an_absent_row_sq() -> None:
     z, coeffs = torch.randn(4, 17), torch.randn(4)
     with pytest.raises(RuntimeError, match="row_sq"):
-        operators.polynomial_dreg_backward(z, None, coeffs, z, None, None, True, True, True)
+        operators.polynomial_dreg_backward(z, None, coeffs, z, None, None, False, True, True, True)
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,15 @@ def test_r08_more_than_two_to_the_31_elements(columns: int) -> None:
     z = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
     for block in z.split(max(1, (1 << 27) // columns)):
         block.normal_()
-    y, jac_sq, _ = polynomial_dreg.forward(z, None, coeffs, False)
-    dz, _, dcoeffs = polynomial_dreg.backward(z, None, coeffs, z, torch.ones_like(jac_sq), None, True, False, True)
+    y, jac_sq, _ = polynomial_dreg.forward(z, None, coeffs, False, False)
+    dz, _, dcoeffs = polynomial_dreg.backward(
+        z, None, coeffs, z, torch.ones_like(jac_sq), None, False, True, False, True
+    )
     # The first and the last rows alone; and the sum of the first coefficient's gradient, which is that of z.
     for part in (slice(0, 2), slice(rows - 2, rows)):
-        alone = polynomial_dreg.forward.definition(z[part], None, coeffs, False)
+        alone = polynomial_dreg.forward.definition(z[part], None, coeffs, False, False)
         assert_same([y[part], jac_sq[part]], alone[:2], rtol=2e-2, atol=1e-2)
-        arguments = (z[part], None, coeffs, z[part], torch.ones(2, device="cuda"), None, True, False, True)
+        arguments = (z[part], None, coeffs, z[part], torch.ones(2, device="cuda"), None, False, True, False, True)
         assert_same([dz[part]], polynomial_dreg.backward.definition(*arguments)[:1], rtol=2e-2, atol=1e-2)
     blocks = z.split(max(1, (1 << 27) // columns))
     total = sum(block.sum(dtype=torch.float64) for block in blocks)

@@ -125,7 +125,7 @@ def test_scale_of_rpkn_stays_positive_under_any_step():
 @every_module
 def test_gradients(name):
     module, x = modules(torch.float64)[name]
-    x = (x.abs() + 0.1 if name == "polyrelu" else x)[:1, :, :4].requires_grad_()  # away from the corner of relu
+    x = (x + 0.1 * x.sign() if name == "polyrelu" else x)[:1, :, :4].requires_grad_()  # away from the corner of relu
     parameters = dict(module.named_parameters())
 
     def function(x, *values):
@@ -165,6 +165,16 @@ def test_reset_starts_again(name):
             assert (value - before[key]).abs().max() < 0.1
         else:
             assert torch.equal(value, before[key])
+
+
+def test_polyrelu_keeps_its_input_alone_for_the_backward():
+    layer, x = ck.nn.PolyReLU(), torch.randn(64, 32, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: sizes.append(value.numel()) or value, lambda v: v):
+        y = layer(x)
+    assert [size for size in sizes if size >= x.numel()] == [x.numel()]
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, x > 0)
 
 
 @every_module

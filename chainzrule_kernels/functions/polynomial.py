@@ -53,6 +53,34 @@ class Polynomial:
         return torch.stack(components)
 
 
+class RectifiedPolynomial(Polynomial):
+    """``p(relu(z))``: PolyReLU (PolyCom, arXiv 2411.03884), with ``p`` as in :class:`Polynomial`.
+
+    As PyTorch's relu it has the derivatives 0 at 0, and NaN passes through.
+    """
+
+    def derivatives(self, z: Tensor, order: int) -> tuple[Tensor, ...]:
+        """``(p, p' 1[z > 0], …, p^(order) 1[z > 0])``, the polynomials taken at ``relu(z)``."""
+        value, *derivatives = super().derivatives(torch.relu(z), order)
+        return value, *(_where_rising(z, derivative) for derivative in derivatives)
+
+    def coefficient_gradient(self, z: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+        """The same, of ``Σ_i Σ_m weights[m]_i f^(m)(z_i)`` with ``f(z) = p(relu(z))``."""
+        of_value, *others = weights
+        of_derivatives = [None if weight is None else _where_rising(z, weight) for weight in others]
+        return super().coefficient_gradient(torch.relu(z), (of_value, *of_derivatives))
+
+
+def polynomial_of(coeffs: Tensor, rectified: bool) -> Polynomial:
+    """``p(z)``, or ``p(relu(z))`` where ``rectified``."""
+    return RectifiedPolynomial(coeffs) if rectified else Polynomial(coeffs)
+
+
+def _where_rising(z: Tensor, values: Tensor) -> Tensor:
+    # Not `z > 0`, which NaN would not pass.
+    return torch.where(z <= 0, 0.0, values)
+
+
 def _horner(coeffs: Sequence[Tensor], z: Tensor) -> Tensor:
     if not coeffs:
         return torch.zeros_like(z)

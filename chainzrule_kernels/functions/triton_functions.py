@@ -182,9 +182,29 @@ def polynomial(z, coeffs, DEGREE: tl.constexpr):
 
 
 @triton.jit
+def rectified(z):
+    """``relu(z)``; NaN passes through."""
+    return tl.where(z < 0.0, tl.zeros_like(z), z)
+
+
+@triton.jit
+def where_rising(z, values):
+    """Zero where relu is flat: for ``z <= 0``, which NaN is not."""
+    return tl.where(z <= 0.0, tl.zeros_like(z), values)
+
+
+@triton.jit
 def function(z, coeffs, KIND: tl.constexpr, DEGREE: tl.constexpr):
-    """Value, slope and curvature at ``z`` of the polynomial (``KIND == "polynomial"``) or the activation ``KIND``."""
+    """Value, slope and curvature at ``z`` of the function ``KIND``.
+
+    That is ``"polynomial"``, ``"rectified_polynomial"``, which is the polynomial of ``relu(z)``, or an activation.
+    """
     if KIND == "polynomial":
         return polynomial(z, coeffs, DEGREE)
+    elif KIND == "rectified_polynomial":
+        # From here on by relu(z) alone, which is positive where z is: z itself would stay in registers beside it.
+        z = rectified(z)
+        value, slope, curvature = polynomial(z, coeffs, DEGREE)
+        return value, where_rising(z, slope), where_rising(z, curvature)
     else:
         return activation(z, KIND)

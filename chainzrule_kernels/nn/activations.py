@@ -12,31 +12,32 @@ from torch import Tensor, nn
 from chainzrule_kernels import coefficients
 from chainzrule_kernels._checks import check_z
 from chainzrule_kernels.coefficients import check_degree
-from chainzrule_kernels.functions import Polynomial, compute_dtype
-from chainzrule_kernels.functions.base import ScalarFunction
 from chainzrule_kernels.nn.jacobian_record import (
     ActivationRecords,
     JacobianRecord,
-    LearnablePolynomial,
     active_record,
 )
 from chainzrule_kernels.nn.scalar_parameters import ScalarParameters
 from chainzrule_kernels.ops._feature_maps import channels_innermost
 from chainzrule_kernels.ops.polynomial.op import polynomial
-from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 
 
-def _of_each_element(x: Tensor, coeffs: Tensor) -> Tensor:
-    """``p(x)`` with shared coefficients; feature maps in channels_last stay so, and are not rearranged on the way."""
+def _of_each_element(x: Tensor, coeffs: Tensor, rectified: bool) -> Tensor:
+    """The polynomial with shared coefficients; channels_last maps stay so, and are not rearranged on the way."""
     check_z(x, "x")
     if channels_innermost(x):
-        return polynomial(x.movedim(1, -1), coeffs).movedim(-1, 1)
-    return polynomial(x, coeffs)
+        return polynomial(x.movedim(1, -1), coeffs, rectified=rectified).movedim(-1, 1)
+    return polynomial(x, coeffs, rectified=rectified)
 
 
 class PolynomialActivation(nn.Module):
-    """``y = p(x)`` for every element, with the coefficients that a subclass builds."""
+    """``y = p(x)`` for every element, with the coefficients that a subclass builds.
 
+    Attributes:
+        rectified: whether the subclass's function is ``p(relu(x))``.
+    """
+
+    rectified = False
     jacobian_record: JacobianRecord | ActivationRecords | None = None  # set on the instance by DREG
 
     def coefficients(self) -> Tensor:
@@ -44,10 +45,12 @@ class PolynomialActivation(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say what its coefficients are")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``p(x)``."""
+        """``p(x)``, or ``p(relu(x))`` where ``rectified``."""
         record = active_record(self)
         coeffs = self.coefficients()
-        return _of_each_element(x, coeffs) if record is None else record.polynomial(x, coeffs)
+        if record is None:
+            return _of_each_element(x, coeffs, self.rectified)
+        return record.polynomial(x, coeffs, self.rectified)
 
 
 class _ScalarActivation(ScalarParameters, PolynomialActivation):
@@ -200,6 +203,8 @@ class Hermite(PolynomialActivation):
 class PolyReLU(PolynomialActivation):
     r"""``y = bias + Σ_k weight_k relu(x)^k``, ``k = 1 … D`` (PolyCom, arXiv 2411.03884).
 
+    One pass, :func:`chainzrule_kernels.polynomial` with ``rectified=True``: training keeps ``x``, not ``relu(x)``.
+
     Args:
         degree: D, 1 to 8.
         device, dtype: of the parameters.
@@ -215,6 +220,8 @@ class PolyReLU(PolynomialActivation):
     Raises:
         TypeError, ValueError: for arguments out of range.
     """
+
+    rectified = True
 
     def __init__(
         self, degree: int = 3, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -235,52 +242,6 @@ class PolyReLU(PolynomialActivation):
         """``coeffs (D+1,)`` of the polynomial of ``relu(x)``."""
         return coefficients.polyrelu(self.weight, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``p(relu(x))``."""
-        check_z(x, "x")
-        record = active_record(self)
-        coeffs = self.coefficients()
-        if isinstance(record, ActivationRecords):
-            y = record.apply(_RectifiedPolynomial(coeffs), x)
-            if y is not None:
-                return y
-        return _of_each_element(torch.relu(x), coeffs)
-
     def extra_repr(self) -> str:
         """The arguments, for printing."""
         return f"degree={self.degree}"
-
-
-class _RectifiedPolynomial(LearnablePolynomial):
-    """``p(relu(x))`` as records call it."""
-
-    @property
-    def scalar(self) -> ScalarFunction:
-        """The function of one number."""
-        return self
-
-    def derivatives(self, z: Tensor, order: int) -> tuple[Tensor, ...]:
-        """The value and the derivatives up to ``order``."""
-        value, *slopes = Polynomial(self.coeffs).derivatives(torch.relu(z), order)
-        return value, *(slope * (z > 0) for slope in slopes)
-
-    def value(self, z: Tensor) -> Tensor:
-        """``y`` alone."""
-        return polynomial(torch.relu(z), self.coeffs)
-
-    def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``y`` and ``jac_sq`` over the last dimension."""
-        y, squares = self._squares(z)
-        return y, (squares if row_sq is None else squares * row_sq).sum(-1)
-
-    def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
-        y, squares = self._squares(z)
-        if tap_sq is not None:
-            squares = squares * (tap_sq if tap_sq.dim() > 1 else tap_sq.view(-1, *(1,) * (z.dim() - 2)))
-        return y, squares.flatten(1).sum(1)
-
-    def _squares(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``y``, and the squared slope of every element: 0 where relu is flat, whatever the slope of ``p`` at 0."""
-        y, _, slope = polynomial_dreg(torch.relu(z), self.coeffs, return_derivative=True)
-        return y, (slope * (z > 0)).to(compute_dtype(z)).square()

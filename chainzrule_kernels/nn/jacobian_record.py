@@ -27,7 +27,7 @@ from chainzrule_kernels import _distributed
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.functions.activations import Activation
 from chainzrule_kernels.functions.base import ScalarFunction
-from chainzrule_kernels.functions.polynomial import Polynomial
+from chainzrule_kernels.functions.polynomial import polynomial_of
 from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
 from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
@@ -224,27 +224,28 @@ class FixedActivation:
 
 
 class LearnablePolynomial:
-    """A polynomial with the given coefficients, as records call it."""
+    """A polynomial with the given coefficients, of ``relu(z)`` where ``rectified``, as records call it."""
 
-    def __init__(self, coeffs: Tensor) -> None:
+    def __init__(self, coeffs: Tensor, rectified: bool = False) -> None:
         self.coeffs = coeffs
+        self.rectified = rectified
 
     @property
     def scalar(self) -> ScalarFunction:
         """The function of one number."""
-        return Polynomial(self.coeffs)
+        return polynomial_of(self.coeffs, self.rectified)
 
     def value(self, z: Tensor) -> Tensor:
         """``y`` alone."""
-        return polynomial(z, self.coeffs)
+        return polynomial(z, self.coeffs, rectified=self.rectified)
 
     def with_norm(self, z: Tensor, row_sq: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and ``jac_sq`` over the last dimension."""
-        return polynomial_dreg(z, self.coeffs, row_sq)
+        return polynomial_dreg(z, self.coeffs, row_sq, rectified=self.rectified)
 
     def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
-        return polynomial_spatial_dreg(z, self.coeffs, tap_sq)
+        return polynomial_spatial_dreg(z, self.coeffs, tap_sq, rectified=self.rectified)
 
 
 class JacobianRecord:
@@ -274,10 +275,10 @@ class JacobianRecord:
         self.calls: list[tuple[Tensor, int]] = []
         self.nonlinearity: float | None = None
 
-    def polynomial(self, z: Tensor, coeffs: Tensor) -> Tensor:
+    def polynomial(self, z: Tensor, coeffs: Tensor, rectified: bool = False) -> Tensor:
         """``p(z)``, with the Jacobian norm recorded; ``linear`` is the module that calls, or None."""
         row_sq = None if self.linear is None else squared_row_norms(self.linear.weight, z)  # type: ignore[arg-type]
-        return self.apply(LearnablePolynomial(coeffs), z, row_sq)
+        return self.apply(LearnablePolynomial(coeffs, rectified), z, row_sq)
 
     def apply(
         self,
@@ -364,10 +365,10 @@ class ActivationRecords:
         record = self.by_linear.get(None)
         return None if record is None else record.apply(function, z, None, None, in_place)
 
-    def polynomial(self, z: Tensor, coeffs: Tensor) -> Tensor:
+    def polynomial(self, z: Tensor, coeffs: Tensor, rectified: bool = False) -> Tensor:
         """``p(z)``, with the norm recorded where it belongs."""
-        y = self.apply(LearnablePolynomial(coeffs), z)
-        return polynomial(z, coeffs) if y is None else y
+        y = self.apply(LearnablePolynomial(coeffs, rectified), z)
+        return polynomial(z, coeffs, rectified=rectified) if y is None else y
 
 
 def active_record(module: nn.Module) -> JacobianRecord | ActivationRecords | None:

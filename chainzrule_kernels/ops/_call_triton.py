@@ -56,6 +56,11 @@ def empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def polynomial_kind(rectified: bool) -> str:
+    """The ``KIND`` of a kernel for ``p(z)``, or for ``p(relu(z))``."""
+    return "rectified_polynomial" if rectified else "polynomial"
+
+
 def nothing(tensor: Tensor) -> Tensor:
     """A result that is not wanted."""
     return tensor.new_empty(0)

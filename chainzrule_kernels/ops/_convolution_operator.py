@@ -51,7 +51,7 @@ def convolution(
         data, weight_in_dtype, bias_in_dtype, _, tap_sq, *where, _ = arguments
         with without_autocast(x.device):
             s = convolved(data, weight_in_dtype, bias_in_dtype, *where)
-        y, jac_sq = spatial_operators.forward(s, tap_sq, coeffs)
+        y, jac_sq = spatial_operators.forward(s, tap_sq, coeffs, False)
         jac_sq = jac_sq if with_norm else s.new_empty(0)
     else:
         y, jac_sq, _ = operator(*arguments, may_be_differentiated(*arguments))
@@ -118,7 +118,7 @@ def _vjp(inputs: tuple[Any, ...], needs: tuple[bool, ...], grads: Sequence[Tenso
         ds, dtap_sq, dcoeffs = None, None, None
         if grad_y is not None or grad_jac_sq is not None:
             ds, dtap_sq, dcoeffs = spatial_operators.backward(
-                s, tap_sq, coeffs, grad_y, grad_jac_sq, needs_s, needs_tap_sq, needs_coeffs
+                s, tap_sq, coeffs, grad_y, grad_jac_sq, False, needs_s, needs_tap_sq, needs_coeffs
             )
         ds = plus(ds if needs_s else None, grad_s)
         if ds is None or not needs_s:

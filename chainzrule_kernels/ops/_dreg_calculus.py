@@ -36,7 +36,7 @@ def jvp(function: ScalarFunction, z: Tensor, row_sq: Tensor | None, changes: Opt
     """The tangents of ``(y, jac_sq, derivative)`` along a change of ``(z, row_sq, coeffs)``."""
     z_dot, row_sq_dot, coeffs_dot = changes
     _, f_1, f_2 = function.derivatives(z, 2)
-    C_0, C_1, _ = direction(coeffs_dot, z, 1)
+    C_0, C_1, _ = direction(function, coeffs_dot, z, 1)
     y_dot = plus(times(f_1, z_dot), C_0)
     f_1_dot = plus(times(f_2, z_dot), C_1)
     jac_sq_dot = over_channels(plus(times(2.0, _or_one(row_sq), f_1, f_1_dot), times(row_sq_dot, f_1, f_1)))
@@ -51,7 +51,7 @@ def backward_vjp(
     a, e, b = cotangents
     r = _or_one(row_sq)
     _, f_1, f_2, f_3 = function.derivatives(z, 3)
-    B_0, B_1, B_2 = direction(b, z, 2)
+    B_0, B_1, B_2 = direction(function, b, z, 2)
     h = plus(times(2.0, g_s, r, f_1), g_d)
     at_value = plus(times(a, f_1), B_0)
     at_slope = plus(times(a, f_2), B_1)
@@ -84,7 +84,7 @@ def backward_jvp(
     z_dot, row_sq_dot, coeffs_dot = changes
     r = _or_one(row_sq)
     _, f_1, f_2, f_3 = function.derivatives(z, 3)
-    _, C_1, C_2 = direction(coeffs_dot, z, 2)
+    _, C_1, C_2 = direction(function, coeffs_dot, z, 2)
     f_1_dot = plus(times(f_2, z_dot), C_1)
     f_2_dot = plus(times(f_3, z_dot), C_2)
     h = plus(times(2.0, g_s, r, f_1), g_d)
@@ -98,11 +98,11 @@ def backward_jvp(
     return dz_dot, drow_sq_dot, dcoeffs_dot
 
 
-def direction(coeffs: Tensor | None, z: Tensor, order: int) -> Optional3:
-    """Value, slope and (from ``order`` 2 on) curvature at ``z`` of the polynomial with these coefficients, if any."""
-    if coeffs is None:
+def direction(function: ScalarFunction, coeffs: Tensor | None, z: Tensor, order: int) -> Optional3:
+    """Value, slope and (from ``order`` 2 on) curvature at ``z`` of ``function`` with these coefficients, if any."""
+    if coeffs is None or not isinstance(function, Polynomial):
         return None, None, None
-    values = Polynomial(coeffs).derivatives(z, order)
+    values = type(function)(coeffs).derivatives(z, order)
     return values[0], values[1], values[2] if order > 1 else None
 
 

@@ -53,7 +53,7 @@ def dreg_forward_kernel(
     first_step = split * steps_per_split
     last_step = tl.minimum(first_step + steps_per_split, steps)
     squares = tl.zeros((ROWS, COLUMNS // VECTOR), dtype=COMPUTE)
-    coeffs = load_coefficients(coeffs_pointer, 0, columns, KIND, DEGREE, False, ROWS, COLUMNS, VECTOR, COMPUTE)
+    coeffs = load_coefficients(coeffs_pointer, 0, columns, DEGREE, False, ROWS, COLUMNS, VECTOR, COMPUTE)
     for step in range(first_step, last_step):
         offset, load, own, store, _ = tile_at(row, step, rows, columns, COLUMNS, VECTOR, SHIFTED)
         z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
@@ -108,9 +108,7 @@ def dreg_channel_forward_kernel(
     split = program % splits
     first_block = program // splits * blocks_per_program
     last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(rows, ROWS))
-    coeffs = load_coefficients(
-        coeffs_pointer, split, columns, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE
-    )
+    coeffs = load_coefficients(coeffs_pointer, split, columns, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE)
     if row_sq_pointer is not None:
         row_sq = load_channels(row_sq_pointer, 0, split, columns, ROWS, COLUMNS, VECTOR, COMPUTE)
     for group in range(first_block, last_block, UNROLL):
@@ -218,7 +216,7 @@ def dreg_backward_kernel(
     last_step = tl.minimum(first_step + steps_per_split, steps)
     first_block = row_program * blocks_per_program
     last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(rows, ROWS))
-    coeffs = load_coefficients(coeffs_pointer, 0, columns, KIND, DEGREE, False, ROWS, COLUMNS, VECTOR, COMPUTE)
+    coeffs = load_coefficients(coeffs_pointer, 0, columns, DEGREE, False, ROWS, COLUMNS, VECTOR, COMPUTE)
     if coefficient_sums_pointer is not None:
         sums = no_sums(DEGREE, ROWS, COLUMNS // VECTOR, COMPUTE)
     for block in range(first_block, last_block):
@@ -254,7 +252,7 @@ def dreg_backward_kernel(
                     z = tl.where(own, z, 0.0)
                     at_value = tl.where(own, at_value, 0.0)
                 sums = add_coefficient_gradients(
-                    sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, DEGREE, False, ROWS, COLUMNS, VECTOR
+                    sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, KIND, DEGREE, False, ROWS, COLUMNS, VECTOR
                 )
     if SHIFTED:
         if split == splits - 1:
@@ -292,6 +290,7 @@ def dreg_backward_kernel(
                     at_slope,
                     OF_VALUE,
                     OF_SLOPE,
+                    KIND,
                     DEGREE,
                     False,
                     ROWS,
@@ -347,9 +346,7 @@ def dreg_channel_backward_kernel(
     row_program = program // splits
     first_block = row_program * blocks_per_program
     last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(rows, ROWS))
-    coeffs = load_coefficients(
-        coeffs_pointer, split, columns, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE
-    )
+    coeffs = load_coefficients(coeffs_pointer, split, columns, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE)
     row_sq = 1.0
     if row_sq_pointer is not None:
         row_sq = load_channels(row_sq_pointer, 0, split, columns, ROWS, COLUMNS, VECTOR, COMPUTE)
@@ -395,7 +392,7 @@ def dreg_channel_backward_kernel(
                 tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
             if coefficient_sums_pointer is not None:
                 sums = add_coefficient_gradients(
-                    sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR
+                    sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR
                 )
             if row_sq_sums_pointer is not None:
                 row_sq_sums += tl.where(own, g_s * slope * slope, 0.0)

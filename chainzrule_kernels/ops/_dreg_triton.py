@@ -14,6 +14,7 @@ from chainzrule_kernels.ops._call_triton import (
     launch,
     nothing,
     per_sample,
+    polynomial_kind,
     rows_and_columns,
 )
 from chainzrule_kernels.ops._dreg_kernels_triton import (
@@ -47,8 +48,8 @@ def _forward(
     per_channel = coeffs is not None and coeffs.dim() == 2
     channel_parameters = per_channel or row_sq is not None
     if channel_parameters:
-        plan = _launch.channel_plan(rows, columns, itemsize, degree)
-        tiles = _launch.channel_tiles(itemsize, degree)
+        plan = _launch.channel_plan(rows, columns, itemsize, _launch.channel_degree(kind, degree))
+        tiles = _launch.channel_tiles(itemsize, _launch.channel_degree(kind, degree))
     elif norm is None:
         rows, columns = 1, z.numel()
         plan, tiles = _launch.flat_plan(columns, itemsize), _launch.flat_tiles(itemsize)
@@ -113,8 +114,8 @@ def backward(
     row_sq = None if grad_norm is None else row_sq
     channel_parameters = per_channel or row_sq is not None
     if channel_parameters:
-        plan = _launch.channel_plan(rows, columns, itemsize, degree)
-        tiles = _launch.channel_tiles(itemsize, degree)
+        plan = _launch.channel_plan(rows, columns, itemsize, _launch.channel_degree(kind, degree))
+        tiles = _launch.channel_tiles(itemsize, _launch.channel_degree(kind, degree))
     elif grad_norm is None:
         rows, columns = 1, z.numel()
         plan = _launch.flat_backward_plan(columns, itemsize, needs_coeffs)
@@ -165,16 +166,16 @@ def dreg(
     return y, norm, derivative
 
 
-def polynomial(z: Tensor, coeffs: Tensor) -> Tensor:
+def polynomial(z: Tensor, coeffs: Tensor, rectified: bool) -> Tensor:
     """The operator ``polynomial``."""
-    return _forward(z, None, coeffs, "polynomial", None, False)[0]
+    return _forward(z, None, coeffs, polynomial_kind(rectified), None, False)[0]
 
 
 def polynomial_dreg(
-    z: Tensor, row_sq: Tensor | None, coeffs: Tensor, return_derivative: bool
+    z: Tensor, row_sq: Tensor | None, coeffs: Tensor, rectified: bool, return_derivative: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_dreg``."""
-    return dreg(z, row_sq, coeffs, "polynomial", return_derivative)
+    return dreg(z, row_sq, coeffs, polynomial_kind(rectified), return_derivative)
 
 
 def polynomial_dreg_backward(
@@ -184,13 +185,14 @@ def polynomial_dreg_backward(
     grad_y: Tensor | None,
     grad_jac_sq: Tensor | None,
     grad_derivative: Tensor | None,
+    rectified: bool,
     needs_z: bool,
     needs_row_sq: bool,
     needs_coeffs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_dreg_backward``."""
     grads = (grad_y, grad_jac_sq, grad_derivative)
-    return backward(z, row_sq, coeffs, "polynomial", grads, (needs_z, needs_row_sq, needs_coeffs))
+    return backward(z, row_sq, coeffs, polynomial_kind(rectified), grads, (needs_z, needs_row_sq, needs_coeffs))
 
 
 def activation_dreg(

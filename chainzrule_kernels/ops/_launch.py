@@ -294,7 +294,7 @@ def channel_plan(rows: int, columns: int, itemsize: int, degree: int) -> Plan:
         rows: samples.
         columns: channels.
         itemsize: of an element, in bytes.
-        degree: of the polynomial; 0 for an activation.
+        degree: see :func:`channel_degree`; 0 for an activation.
     """
     vector = 1 if columns % (16 // itemsize) else 16 // itemsize
     tiles = _channel_tiles(vector, itemsize, degree)
@@ -303,6 +303,11 @@ def channel_plan(rows: int, columns: int, itemsize: int, degree: int) -> Plan:
     steps = max(1, _ceil_div(columns, tile.columns))
     run = min(max(_ceil_div(ROWS_PER_SUM, tile.rows), _ceil_div(blocks * steps, PROGRAMS)), ADDITIONS)
     return _cut(rows, columns, tile, 1, _ceil_div(run, tile.unroll) * tile.unroll)
+
+
+def channel_degree(kind: str, degree: int) -> int:
+    """The degree by which the tiles are chosen: a rectified polynomial needs the registers of a higher one."""
+    return max(degree, 5) if kind == "rectified_polynomial" else degree
 
 
 def channel_tiles(itemsize: int, degree: int) -> list[Tile]:

@@ -75,11 +75,15 @@ def register_linear(name: str, *, has_coeffs: bool, dreg: OperatorPair) -> Opera
     def function_at(inputs: Sequence[Any]) -> ScalarFunction:
         return Polynomial(inputs[4].to(compute_dtype(inputs[0]))) if has_coeffs else Activation(inputs[4])
 
+    def selected(function: Any) -> tuple[Any, ...]:
+        """The function as the operators of ``dreg`` take it: ``coeffs`` and that it is not rectified, or ``kind``."""
+        return (function, False) if has_coeffs else (function,)
+
     def definition(
         x: Tensor, weight: Tensor, bias: Tensor | None, row_sq: Tensor, function: Any, keep_z: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         z = F.linear(x, weight, bias)
-        y, jac_sq, _ = dreg.forward.definition(z, row_sq, function, False)
+        y, jac_sq, _ = dreg.forward.definition(z, row_sq, *selected(function), False)
         return y, jac_sq, z if keep_z else z.new_empty(0)
 
     def fake(
@@ -101,9 +105,8 @@ def register_linear(name: str, *, has_coeffs: bool, dreg: OperatorPair) -> Opera
         x, weight, _, row_sq, function, keep_z, saved_z = inputs
         z = kept(inputs, saved_z)
         of_map = any(needs[:3])
-        kind = () if has_coeffs else (function,)
-        parameters = (z, row_sq, function) if has_coeffs else (z, row_sq)
-        dz, *others = dreg.backward(*parameters, grads[0], grads[1], None, *kind, of_map, *needs[3:])
+        *coeffs, selector = selected(function)
+        dz, *others = dreg.backward(z, row_sq, *coeffs, grads[0], grads[1], None, selector, of_map, *needs[3:])
         if not of_map:
             return (None, None, None, *others)
         if keep_z and grads[2] is not None:

@@ -2,8 +2,9 @@
 
 The ops with a Jacobian norm, ``*_dreg``, ``*_spatial_dreg`` and ``*_tangent``, have the same shape: three
 differentiable inputs ``z``, a companion (``row_sq``, ``tap_sq`` or ``z_dot``) and ``coeffs``, and two or three outputs.
-The fixed activations have a string ``kind`` in the place of ``coeffs``. So one builder registers all six pairs, and
-polynomials and activations cannot drift apart.
+What else selects the function is a constant: for polynomials whether they are ``rectified``, that is ``p(relu(z))``;
+the fixed activations have a string ``kind``, and no ``coeffs``. So one builder registers all six pairs, and polynomials
+and activations cannot drift apart.
 
 An operator always returns the same number of tensors: a result that was not asked for is an empty tensor.
 """
@@ -21,9 +22,9 @@ from chainzrule_kernels._registration import Arrange, Operator, contiguous
 from chainzrule_kernels.functions import (
     SAME_DERIVATIVES_AT_VALUE,
     Activation,
-    Polynomial,
     ScalarFunction,
     compute_dtype,
+    polynomial_of,
 )
 from chainzrule_kernels.ops._dreg_calculus import Optional3
 from chainzrule_kernels.ops._terms import cast
@@ -71,13 +72,14 @@ def register_pair(
     calculus: Calculus,
     arrange: Arrange = contiguous,
 ) -> OperatorPair:
-    """Register ``name(z, companion[, coeffs][, kind][, flags])`` and ``name_backward``.
+    """Register ``name(z, companion, coeffs, rectified[, flags])`` or ``name(z, companion, kind[, flags])``, and
+    ``name_backward``.
 
     Args:
         name: of the forward operator.
         companion: the schema of the second tensor, such as ``"Tensor? row_sq"``.
-        has_coeffs: whether the function is a polynomial with a tensor ``coeffs``, or an activation with a string
-            ``kind``.
+        has_coeffs: whether the function is a polynomial with a tensor ``coeffs`` and a bool ``rectified``, or an
+            activation with a string ``kind``.
         flags: the schema of what else the forward takes, ``"bool return_derivative"`` or nothing.
         grads: the names of the gradients that arrive for the outputs.
         definition: the forward in plain PyTorch, with the operator's signature.
@@ -86,15 +88,15 @@ def register_pair(
         arrange: how the results of both operators lie in memory, as for :class:`Operator`.
     """
     parameter_count = 3 if has_coeffs else 2
-    kind_count = 0 if has_coeffs else 1
     companion_name = companion.split()[-1]
-    function_schema = "Tensor coeffs" if has_coeffs else "str kind"
+    selector = "bool rectified" if has_coeffs else "str kind"
+    # Where the selector stands: behind the tensors, which in the backward are followed by the gradients.
+    in_forward, in_backward = parameter_count, parameter_count + len(grads)
 
-    def function_at(inputs: Sequence[Any]) -> ScalarFunction:
-        # The function stands third in the forward's inputs; in the backward's, ``kind`` follows the gradients.
+    def function_at(inputs: Sequence[Any], selected: Any) -> ScalarFunction:
         if has_coeffs:
-            return Polynomial(inputs[2].to(compute_dtype(inputs[0])))
-        return Activation(next(value for value in inputs if isinstance(value, str)))
+            return polynomial_of(inputs[2].to(compute_dtype(inputs[0])), selected)
+        return Activation(selected)
 
     def value_stands_in(inputs: tuple[Any, ...]) -> bool:
         return not has_coeffs and inputs[2] in SAME_DERIVATIVES_AT_VALUE
@@ -104,10 +106,10 @@ def register_pair(
         dtype = compute_dtype(z)
         return tuple(None if value is None else value.to(dtype) for value in values)
 
-    def arguments_of(inputs: Sequence[Any]) -> tuple[ScalarFunction, Any, Any]:
+    def arguments_of(inputs: Sequence[Any], selector_index: int) -> tuple[ScalarFunction, Any, Any]:
         """The function, and ``z`` and its companion as the calculus wants them."""
         z, companion_value = computed(inputs[0], inputs[:2])
-        return function_at(inputs), z, companion_value
+        return function_at(inputs, inputs[selector_index]), z, companion_value
 
     def triple(values: Sequence[Tensor | None]) -> Optional3:
         """What belongs to ``(z, companion, coeffs)`` or to the outputs, absent for a third that there is not."""
@@ -116,28 +118,27 @@ def register_pair(
     # ---- the forward's derivatives --------------------------------------------------------------------------------
 
     def forward_fake(*inputs: Any) -> tuple[Tensor, ...]:
-        return fake(*inputs[:2], *inputs[3:])
+        return fake(*inputs[:2], *inputs[in_forward + 1 :])
 
     def of_outputs(inputs: Sequence[Any], values: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """What belongs to the outputs, absent for a ``derivative`` that was not asked for."""
-        return values[: len(grads)] if all(inputs[3:]) else (*values[:2], None)
+        return values[: len(grads)] if all(inputs[in_forward + 1 :]) else (*values[:2], None)
 
     def forward_vjp(
         inputs: tuple[Any, ...], needs: tuple[bool, ...], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        kind = inputs[parameter_count : parameter_count + kind_count]
-        return backward_operator(*inputs[:parameter_count], *of_outputs(inputs, grads), *kind, *needs)
+        return backward_operator(*inputs[:parameter_count], *of_outputs(inputs, grads), inputs[in_forward], *needs)
 
     def forward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) -> Sequence[Tensor]:
         z = inputs[0]
         changes = triple(computed(z, tangents))
-        results = of_outputs(inputs, calculus.jvp(*arguments_of(inputs), changes))
+        results = of_outputs(inputs, calculus.jvp(*arguments_of(inputs, in_forward), changes))
         return tuple(
             torch.zeros_like(output) if result is None else result.to(output.dtype)
             for result, output in zip(results, forward_fake(*inputs), strict=True)
         )
 
-    # ---- the backward: (z, companion[, coeffs], grads[, kind], one "needs" for each parameter) -----------------------
+    # ---- the backward: (z, companion[, coeffs], grads, selector, one "needs" for each parameter) ---------------------
 
     def split(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[bool]]:
         """The forward's tensors, the gradients that arrived, and which results are wanted."""
@@ -160,7 +161,7 @@ def register_pair(
     def backward_definition(*inputs: Any) -> tuple[Tensor, ...]:
         _, arrived, _ = split(inputs)
         z = inputs[0]
-        results = calculus.backward(*arguments_of(inputs), triple(computed(z, arrived)))
+        results = calculus.backward(*arguments_of(inputs, in_backward), triple(computed(z, arrived)))
         return as_wanted(results, inputs)
 
     def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -178,7 +179,7 @@ def register_pair(
         # The cotangent of a result that was not wanted belongs to an empty tensor.
         cotangents = [value if want else None for value, want in zip(cotangents, wanted, strict=True)]
         results = calculus.backward_vjp(
-            *arguments_of(inputs), triple(computed(z, arrived)), triple(computed(z, cotangents))
+            *arguments_of(inputs, in_backward), triple(computed(z, arrived)), triple(computed(z, cotangents))
         )
         results = (*results[:parameter_count], *results[3 : 3 + len(grads)])
         return tuple(cast(result, like) for result, like in zip(results, (*parameters, *arrived), strict=True))
@@ -188,7 +189,7 @@ def register_pair(
         z = inputs[0]
         changes = computed(z, tangents)
         results = calculus.backward_jvp(
-            *arguments_of(inputs),
+            *arguments_of(inputs, in_backward),
             triple(computed(z, arrived)),
             triple(changes[:parameter_count]),
             triple(changes[parameter_count:]),
@@ -198,8 +199,9 @@ def register_pair(
     def tensors(count: int) -> str:
         return ", ".join(["Tensor"] * count)
 
+    parameters = ["Tensor z", companion, *(["Tensor coeffs"] if has_coeffs else [])]
     forward_operator = Operator(
-        f"{name}(Tensor z, {companion}, {function_schema}{', ' + flags if flags else ''}) -> ({tensors(len(grads))})",
+        f"{name}({', '.join([*parameters, selector, *([flags] if flags else [])])}) -> ({tensors(len(grads))})",
         definition=definition,
         fake=forward_fake,
         vjp=forward_vjp,
@@ -208,11 +210,9 @@ def register_pair(
         stands_in=value_stands_in,
     )
     arguments = [
-        "Tensor z",
-        companion,
-        *(["Tensor coeffs"] if has_coeffs else []),
+        *parameters,
         *(f"Tensor? {grad}" for grad in grads),
-        *([] if has_coeffs else ["str kind"]),
+        selector,
         "bool needs_z",
         f"bool needs_{companion_name}",
         *(["bool needs_coeffs"] if has_coeffs else []),

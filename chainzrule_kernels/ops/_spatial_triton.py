@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.ops import _dreg_triton
-from chainzrule_kernels.ops._call_triton import nothing
+from chainzrule_kernels.ops._call_triton import nothing, polynomial_kind
 from chainzrule_kernels.ops._feature_maps import channels_innermost
 
 
@@ -98,9 +98,9 @@ def _backward(
     return dz, dtap_sq, dcoeffs
 
 
-def polynomial_spatial_dreg(z: Tensor, tap_sq: Tensor | None, coeffs: Tensor) -> tuple[Tensor, Tensor]:
+def polynomial_spatial_dreg(z: Tensor, tap_sq: Tensor | None, coeffs: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
     """The operator ``polynomial_spatial_dreg``."""
-    return _forward(z, tap_sq, coeffs, "polynomial")
+    return _forward(z, tap_sq, coeffs, polynomial_kind(rectified))
 
 
 def polynomial_spatial_dreg_backward(
@@ -109,13 +109,14 @@ def polynomial_spatial_dreg_backward(
     coeffs: Tensor,
     grad_y: Tensor | None,
     grad_jac_sq: Tensor | None,
+    rectified: bool,
     needs_z: bool,
     needs_tap_sq: bool,
     needs_coeffs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_spatial_dreg_backward``."""
     needs = (needs_z, needs_tap_sq, needs_coeffs)
-    return _backward(z, tap_sq, coeffs, "polynomial", (grad_y, grad_jac_sq), needs)
+    return _backward(z, tap_sq, coeffs, polynomial_kind(rectified), (grad_y, grad_jac_sq), needs)
 
 
 def activation_spatial_dreg(z: Tensor, tap_sq: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def jvp(
     """The changes of ``(y, y_dot, tangent_sq)`` along a change of ``(z, z_dot, coeffs)``."""
     dz, dz_dot, dcoeffs = changes
     _, f_1, f_2 = function.derivatives(z, 2)
-    C_0, C_1, _ = direction(dcoeffs, z, 1)
+    C_0, C_1, _ = direction(function, dcoeffs, z, 1)
     dy = plus(times(f_1, dz), C_0)
     df_1 = plus(times(f_2, dz), C_1)
     dy_dot = plus(times(df_1, z_dot), times(f_1, dz_dot))
@@ -56,7 +56,7 @@ def backward_vjp(
     g_y, g_t, g_q = _gradients(grads)
     a, b, c = cotangents
     _, f_1, f_2, f_3 = function.derivatives(z, 3)
-    B_0, B_1, B_2 = direction(c, z, 2)
+    B_0, B_1, B_2 = direction(function, c, z, 2)
     u = plus(g_t, times(2.0, g_q, f_1, z_dot))
     v = over_tangents(times(u, z_dot))
     at_value = plus(times(a, f_1), B_0)
@@ -90,7 +90,7 @@ def backward_jvp(
     dg_y, dg_t, dg_q = _gradients(grads_changes)
     dz, dz_dot, dcoeffs = changes
     _, f_1, f_2, f_3 = function.derivatives(z, 3)
-    _, C_1, C_2 = direction(dcoeffs, z, 2)
+    _, C_1, C_2 = direction(function, dcoeffs, z, 2)
     df_1 = plus(times(f_2, dz), C_1)
     df_2 = plus(times(f_3, dz), C_2)
     u = plus(g_t, times(2.0, g_q, f_1, z_dot))

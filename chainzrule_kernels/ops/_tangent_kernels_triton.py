@@ -42,7 +42,7 @@ def tangent_forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     split = program % splits
     row = program // splits * ROWS + tl.arange(0, ROWS)
-    coeffs = load_coefficients(coeffs_pointer, split, columns, KIND, DEGREE, PER_CHANNEL, 1, COLUMNS, VECTOR, COMPUTE)
+    coeffs = load_coefficients(coeffs_pointer, split, columns, DEGREE, PER_CHANNEL, 1, COLUMNS, VECTOR, COMPUTE)
     offset, load, own, store, _ = tile_at(row, split, rows, columns, COLUMNS, VECTOR, False)
     z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
     value, slope, _ = function(z, coeffs, KIND, DEGREE)
@@ -109,9 +109,7 @@ def tangent_backward_kernel(
     blocks = tl.cdiv(rows, ROWS)
     first_block = row_program * blocks_per_program
     last_block = tl.minimum(first_block + blocks_per_program, blocks)
-    coeffs = load_coefficients(
-        coeffs_pointer, first_step, columns, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE
-    )
+    coeffs = load_coefficients(coeffs_pointer, first_step, columns, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, COMPUTE)
     if coefficient_sums_pointer is not None:
         sums = no_sums(DEGREE, ROWS, COLUMNS if PER_CHANNEL else COLUMNS // VECTOR, COMPUTE)
     tangent_rows = rows * (columns // VECTOR)
@@ -157,6 +155,7 @@ def tangent_backward_kernel(
                     at_slope,
                     OF_VALUE,
                     OF_SLOPE,
+                    KIND,
                     DEGREE,
                     PER_CHANNEL,
                     ROWS,

@@ -14,6 +14,7 @@ from chainzrule_kernels.ops._call_triton import (
     launch,
     nothing,
     per_sample,
+    polynomial_kind,
     rows_and_columns,
 )
 from chainzrule_kernels.ops._tangent_kernels_triton import (
@@ -76,8 +77,8 @@ def _backward(
     degree = 0 if coeffs is None else coeffs.shape[0] - 1
     per_channel = coeffs is not None and coeffs.dim() == 2
     if per_channel:
-        plan = _launch.channel_plan(rows, columns, itemsize, degree)
-        tiles = _launch.channel_tiles(itemsize, degree)
+        plan = _launch.channel_plan(rows, columns, itemsize, _launch.channel_degree(kind, degree))
+        tiles = _launch.channel_tiles(itemsize, _launch.channel_degree(kind, degree))
     else:
         plan = _launch.tangent_backward_plan(rows, columns, itemsize, needs_coeffs)
         tiles = _launch.tangent_backward_tiles(itemsize)
@@ -114,9 +115,9 @@ def _backward(
     return dz, dz_dot, added_up(coefficient_sums, coeffs_parameter) if needs_coeffs else nothing(z)
 
 
-def polynomial_tangent(z: Tensor, z_dot: Tensor, coeffs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def polynomial_tangent(z: Tensor, z_dot: Tensor, coeffs: Tensor, rectified: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_tangent``."""
-    return _forward(z, z_dot, coeffs, "polynomial")
+    return _forward(z, z_dot, coeffs, polynomial_kind(rectified))
 
 
 def polynomial_tangent_backward(
@@ -126,13 +127,14 @@ def polynomial_tangent_backward(
     grad_y: Tensor | None,
     grad_y_dot: Tensor | None,
     grad_tangent_sq: Tensor | None,
+    rectified: bool,
     needs_z: bool,
     needs_z_dot: bool,
     needs_coeffs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``polynomial_tangent_backward``."""
     grads = (grad_y, grad_y_dot, grad_tangent_sq)
-    return _backward(z, z_dot, coeffs, "polynomial", grads, (needs_z, needs_z_dot, needs_coeffs))
+    return _backward(z, z_dot, coeffs, polynomial_kind(rectified), grads, (needs_z, needs_z_dot, needs_coeffs))
 
 
 def activation_tangent(z: Tensor, z_dot: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,8 @@ Shared by the Triton kernels of ``*_dreg`` and ``*_tangent``; the words are thos
 import triton
 import triton.language as tl
 
+from chainzrule_kernels.functions.triton_functions import rectified, where_rising
+
 
 @triton.jit
 def tile_at(
@@ -94,7 +96,6 @@ def load_coefficients(
     pointer,
     step,
     columns,
-    KIND: tl.constexpr,
     DEGREE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -104,7 +105,7 @@ def load_coefficients(
 ):
     """The coefficients: scalars, or ``(ROWS, COLUMNS)`` where channels have their own; none for activations."""
     coeffs = ()
-    if KIND == "polynomial":
+    if DEGREE > 0:
         for k in tl.static_range(DEGREE + 1):
             if PER_CHANNEL:
                 coeffs = coeffs + (load_channels(pointer, k, step, columns, ROWS, COLUMNS, VECTOR, COMPUTE),)
@@ -136,6 +137,7 @@ def add_coefficient_gradients(
     at_slope,
     OF_VALUE: tl.constexpr,
     OF_SLOPE: tl.constexpr,
+    KIND: tl.constexpr,
     DEGREE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -144,9 +146,13 @@ def add_coefficient_gradients(
 ):
     """Adds to ``sums[k]`` what a tile contributes to the gradient of coefficient ``k``.
 
-    That is ``g z^k + h k z^(k-1)``, where ``g = at_value`` arrives at ``p`` and ``h = at_slope`` at ``p'``. Elements
-    that do not count must have all three zero.
+    That is ``g z^k + h k z^(k-1)``, where ``g = at_value`` arrives at ``p`` and ``h = at_slope`` at ``p'``; with
+    ``relu(z)`` for ``z``, and ``h`` only where that rises, if the polynomial is rectified. Elements that do not count
+    must have all three zero.
     """
+    if KIND == "rectified_polynomial":
+        z = rectified(z)
+        at_slope = where_rising(z, at_slope)
     added = ()
     power = z
     for k in tl.static_range(DEGREE + 1):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE, Activation, Polynomial, ScalarFunction
+from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE, Activation, ScalarFunction, polynomial_of
 from chainzrule_kernels.ops import PUBLIC_OPS
 from chainzrule_kernels.testing.layouts import LAYOUTS, Arrangement, Layout, contiguous
 
@@ -255,7 +255,9 @@ def _features(data: Shape) -> int:
 
 
 def _function(arguments: Arguments, dtype: torch.dtype) -> ScalarFunction:
-    return Activation(arguments["kind"]) if "kind" in arguments else Polynomial(arguments["coeffs"].to(dtype))
+    if "kind" in arguments:
+        return Activation(arguments["kind"])
+    return polynomial_of(arguments["coeffs"].to(dtype), arguments.get("rectified", False))
 
 
 def _norm(squares: Tensor) -> Tensor:
@@ -366,6 +368,42 @@ def _polynomial_dreg() -> list[Case]:
     ]
 
 
+RECTIFIED = {"rectified": True}
+TANGENT_OUTPUTS = ("y", "y_dot", "tangent_sq")
+
+
+def _rectified() -> list[Case]:
+    """``p(relu(z))`` in every op that has it; for what does not depend on the function there are the other cases."""
+    shared, per_channel = _coeffs(3, None), _coeffs(3, _last)
+    norm = ("y", "jac_sq")
+
+    def case(
+        op: str,
+        form: str,
+        tensors: tuple[TensorArgument, ...],
+        outputs: tuple[str, ...],
+        plain: Callable[[Arguments], tuple[Tensor, ...]],
+        constants: Mapping[str, Any] = RECTIFIED,
+    ) -> Case:
+        return Case(op, f"rectified, {form}", tensors, constants, outputs, plain, representative=False)
+
+    return [
+        case("polynomial", "degree 3, shared", (Z, shared), ("y",), _plain_value),
+        case("polynomial", "degree 8, per channel", (Z, _coeffs(8, _last)), ("y",), _plain_value),
+        case("polynomial_dreg", "degree 3, shared", (Z, shared), norm, _plain_dreg),
+        case(
+            "polynomial_dreg",
+            "degree 3, per channel, row_sq, derivative",
+            (Z, per_channel, ROW_SQ),
+            (*norm, "derivative"),
+            _plain_dreg,
+            {**RECTIFIED, "return_derivative": True},
+        ),
+        case("polynomial_spatial_dreg", "degree 3, shared, tap_sq", (MAPS, shared, TAP_SQ), norm, _plain_spatial_dreg),
+        case("polynomial_tangent", "degree 3, per channel", (Z, Z_DOT, per_channel), TANGENT_OUTPUTS, _plain_tangent),
+    ]
+
+
 QUICK_KINDS = ("relu", "mish")
 
 
@@ -407,9 +445,6 @@ def _activation_spatial_dreg() -> list[Case]:
         for kind in ACTIVATION_KINDS
         for case in _spatial("activation_spatial_dreg", kind, (), {"kind": kind}, kind in QUICK_KINDS)
     ]
-
-
-TANGENT_OUTPUTS = ("y", "y_dot", "tangent_sq")
 
 
 def _polynomial_tangent() -> list[Case]:
@@ -509,6 +544,7 @@ CASES: tuple[Case, ...] = (
     *_polynomial_spatial_dreg(),
     *_activation_spatial_dreg(),
     *_polynomial_tangent(),
+    *_rectified(),
     *_activation_tangent(),
     *(case for sizes in (1, 2) for with_norm in (False, True) for case in _convolutions(sizes, with_norm)),
     *_linear_polynomial_dreg(),

@@ -16,6 +16,7 @@ struct FunctionSpec {
   int activation = -1;          // index in the order of for_each_activation; -1 for a polynomial
   int degree = 0;               // of the polynomial
   bool per_channel = false;     // whether coefficient k of channel c stands at [k * channels + c], or at [k] for all
+  bool rectified = false;       // p(relu(z)) in the place of p(z)
   const void* coefficients = nullptr;
 };
 

@@ -81,6 +81,9 @@ template <class E>
 struct ForwardChunk {
   const E* coefficients;  // of the chunk's first channel
   int64_t columns;        // between coefficient k and k + 1 of a channel
+  // Whether to compute p(relu(z)) in the place of p(z). It is asked for each vector: the processor foresees the answer, which is
+  // the same for the whole chunk, and the alternative is a second copy of every chunk function of a polynomial.
+  bool rectified;
   const E* z;
   E* y;
   E* derivative;    // may be null
@@ -92,6 +95,7 @@ template <class E>
 struct BackwardChunk {
   const E* coefficients;
   int64_t columns;
+  bool rectified;
   const E* z;
   const E* grad_y;           // null: absent
   const E* grad_derivative;  // null: absent
@@ -104,6 +108,7 @@ struct BackwardChunk {
   E* row_sq_sums;  // [j], null: not wanted
   int64_t n;
 };
+
 
 // The slope and the curvature, which are all that a backward needs.
 template <class Function, class E, class Extent>
@@ -128,7 +133,10 @@ double forward_chunk(ForwardChunk<E> chunk) {
     V recent{};
     for_each_vector<E>(begin, count, [&](int64_t j, auto extent) __attribute__((always_inline)) {
       decltype(auto) f = function.at(j, extent);
-      const Jet<V> jet = f.jet(load(chunk.z + j, extent));
+      const V z = load(chunk.z + j, extent);
+      const bool of_relu = Function::kDegree > 0 && chunk.rectified;
+      Jet<V> jet = f.jet(of_relu ? rectified(z) : z);
+      if (of_relu) jet = where_rising(z, jet);
       store(chunk.y + j, jet.value, extent);
       if constexpr (kNorm) {
         if (chunk.derivative) store(chunk.derivative + j, jet.slope, extent);
@@ -154,7 +162,10 @@ void backward_chunk(BackwardChunk<E> chunk) {
     V shared_sums[kDegree + 1] = {};
     for_each_vector<E>(begin, count, [&](int64_t j, auto extent) __attribute__((always_inline)) {
       const V z = load(chunk.z + j, extent);
-      const Jet<V> jet = jet_of_slope<Function, E>(function, z, j, extent);
+      const bool of_relu = kDegree > 0 && chunk.rectified;
+      const V argument = of_relu ? rectified(z) : z;
+      Jet<V> jet = jet_of_slope<Function, E>(function, argument, j, extent);
+      if (of_relu) jet = where_rising(z, jet);
       V g_y{};
       V h{};
       V grad_z{};
@@ -175,14 +186,15 @@ void backward_chunk(BackwardChunk<E> chunk) {
         }
         h = keep(h, extent);
         grad_z = kValueGradient ? grad_z + h * jet.curvature : h * jet.curvature;
+        if (of_relu) h = where_rising(z, h);
       }
       if (chunk.grad_z) store(chunk.grad_z + j, grad_z, extent);
       if constexpr (kShared) {
-        add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(z, g_y, h, shared_sums);
+        add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(argument, g_y, h, shared_sums);
       } else if constexpr (kDegree > 0) {
         V sums[kDegree + 1];
         unrolled<kDegree + 1>([&](auto k) { sums[k] = load(chunk.coefficient_sums + k * chunk.sums_stride + j, extent); });
-        add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(z, g_y, h, sums);
+        add_coefficient_gradients<kDegree, kValueGradient, kSlopeGradient>(argument, g_y, h, sums);
         unrolled<kDegree + 1>([&](auto k) { store(chunk.coefficient_sums + k * chunk.sums_stride + j, sums[k], extent); });
       }
     });
@@ -512,6 +524,7 @@ void dreg_forward_tile(const DregForward& a, const Tile& tile, int64_t split) {
       if (S* kept = at<S>(a.kept_z, row, column)) write(z, n, kept);
       const ForwardChunk<E> chunk{parameters.coefficients(piece),
                                   parameters.stride(),
+                                  a.function.rectified,
                                   z,
                                   target(y, y_buffer),
                                   target(derivative, derivative_buffer),
@@ -560,7 +573,7 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
         const Piece piece = columns.piece<E>(column);
         const int64_t n = piece.n;
         S* y = at<S>(a.y, row, column);
-        functions.value_and_norm({parameters.coefficients(piece), parameters.stride(),
+        functions.value_and_norm({parameters.coefficients(piece), parameters.stride(), a.function.rectified,
                                   read(at<S>(a.z, row, column), n, z_buffer), target(y, y_buffer), slope_buffer.data,
                                   nullptr, n});
         if (first == 0) finish(y, n, y_buffer);
@@ -774,7 +787,8 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
       const S* grad_y = at<S>(a.grad_y, row, column);
       const S* grad_derivative = at<S>(a.grad_derivative, row, column);
       S* grad_z = at<S>(a.grad_z, row, column);
-      backward({parameters.coefficients(piece), parameters.stride(), read(at<S>(a.z, row, column), n, z_buffer),
+      backward({parameters.coefficients(piece), parameters.stride(), a.function.rectified,
+                read(at<S>(a.z, row, column), n, z_buffer),
                 grad_y ? read(grad_y, n, grad_y_buffer) : nullptr,
                 grad_derivative ? read(grad_derivative, n, grad_derivative_buffer) : nullptr,
                 parameters.row_sq(piece), a.grad_norm != nullptr, E(2) * grad_norm,
@@ -825,7 +839,8 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
       const int64_t n = piece.n;
       const E* coefficients = parameters.coefficients(piece);
       const E* z = read(at<S>(a.z, row, column), n, z_buffer);
-      functions.value_and_norm({coefficients, parameters.stride(), z, value_buffer.data, slope_buffer.data, nullptr, n});
+      functions.value_and_norm({coefficients, parameters.stride(), a.function.rectified, z, value_buffer.data,
+                                slope_buffer.data, nullptr, n});
       std::fill_n(grad_slope_buffer.data, n, E(0));
       for (int64_t t = 0; t < a.tangents; ++t) {
         const S* z_dot = at<S>(a.z_dot, row, column) + t * a.z_dot_tangent_stride;
@@ -844,8 +859,8 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
       }
       const S* grad_y = at<S>(a.grad_y, row, column);
       S* grad_z = at<S>(a.grad_z, row, column);
-      functions.backward[gradients]({coefficients, parameters.stride(), z, grad_y ? read(grad_y, n, grad_y_buffer) : nullptr,
-                                     of_slope ? grad_slope_buffer.data : nullptr, nullptr, false, E(0),
+      functions.backward[gradients]({coefficients, parameters.stride(), a.function.rectified, z,
+                                     grad_y ? read(grad_y, n, grad_y_buffer) : nullptr, of_slope ? grad_slope_buffer.data : nullptr, nullptr, false, E(0),
                                      target(grad_z, grad_z_buffer), sums.coefficients_at(piece), sums.stride(), nullptr,
                                      n});
       finish(grad_z, n, grad_z_buffer);

@@ -208,13 +208,15 @@ void check_count(const char* name, const OptionalTensor& tensor, int64_t expecte
 // The scalar function, with its coefficients in the compute type.
 class Function {
  public:
-  Function(const Tensor& coeffs, const Tensor& z) : Function(coeffs, z, z.size(z.dim() - 1)) {}
-  Function(const Tensor& coeffs, const Tensor& z, int64_t channels) : coefficients_(coeffs, compute_type_of(z)) {
+  Function(const Tensor& coeffs, bool rectified, const Tensor& z) : Function(coeffs, rectified, z, z.size(z.dim() - 1)) {}
+  Function(const Tensor& coeffs, bool rectified, const Tensor& z, int64_t channels)
+      : coefficients_(coeffs, compute_type_of(z)) {
     STD_TORCH_CHECK(coeffs.dim() == 1 || (coeffs.dim() == 2 && coeffs.size(1) == channels),
                     "chainzrule_kernels: coeffs has the wrong shape");
     STD_TORCH_CHECK(coeffs.size(0) >= 2 && coeffs.size(0) <= 9, "chainzrule_kernels: the degree must lie between 1 and 8");
     spec_.degree = static_cast<int>(coeffs.size(0)) - 1;
     spec_.per_channel = coeffs.dim() == 2;
+    spec_.rectified = rectified;
     spec_.coefficients = coefficients_.data();
   }
   explicit Function(const std::string& kind) {
@@ -605,7 +607,7 @@ void convolution_block(const Tensor& s, const OptionalTensor& tap_sq, const Tens
     STD_TORCH_CHECK(in_memory.is_contiguous(), "chainzrule_kernels: a result does not lie as the block does");
     return in_memory;
   };
-  run_spatial_forward(s, layout, tap_sq, Function(coeffs, s, s.size(1)), where_it_lies(y), jac_sq,
+  run_spatial_forward(s, layout, tap_sq, Function(coeffs, false, s, s.size(1)), where_it_lies(y), jac_sq,
                       kept_s ? OptionalTensor(where_it_lies(*kept_s)) : std::nullopt);
 }
 
@@ -741,23 +743,25 @@ std::tuple<Tensor, Tensor, Tensor> tangent_backward(const Tensor& z, const Tenso
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-Tensor polynomial(const Tensor& z, const Tensor& coeffs) {
+Tensor polynomial(const Tensor& z, const Tensor& coeffs, bool rectified) {
   check_data(z);
   const Tensor y = empty_like_contiguous(z);
-  run_dreg_forward(z, Function(coeffs, z), std::nullopt, y, std::nullopt, std::nullopt);
+  run_dreg_forward(z, Function(coeffs, rectified, z), std::nullopt, y, std::nullopt, std::nullopt);
   return y;
 }
 
-Three polynomial_dreg(const Tensor& z, const OptionalTensor& row_sq, const Tensor& coeffs, bool return_derivative) {
+Three polynomial_dreg(const Tensor& z, const OptionalTensor& row_sq, const Tensor& coeffs, bool rectified,
+                      bool return_derivative) {
   check_data(z);
-  return dreg_forward(z, row_sq, Function(coeffs, z), return_derivative);
+  return dreg_forward(z, row_sq, Function(coeffs, rectified, z), return_derivative);
 }
 
 Three polynomial_dreg_backward(const Tensor& z, const OptionalTensor& row_sq, const Tensor& coeffs,
                                const OptionalTensor& grad_y, const OptionalTensor& grad_jac_sq,
-                               const OptionalTensor& grad_derivative, bool needs_z, bool needs_row_sq, bool needs_coeffs) {
+                               const OptionalTensor& grad_derivative, bool rectified, bool needs_z, bool needs_row_sq,
+                               bool needs_coeffs) {
   check_data(z);
-  return dreg_backward(z, row_sq, Function(coeffs, z), coeffs, grad_y, grad_jac_sq, grad_derivative,
+  return dreg_backward(z, row_sq, Function(coeffs, rectified, z), coeffs, grad_y, grad_jac_sq, grad_derivative,
                        {needs_z, needs_row_sq, needs_coeffs});
 }
 
@@ -775,16 +779,16 @@ Two activation_dreg_backward(const Tensor& z, const OptionalTensor& row_sq, cons
   return {dz, drow_sq};
 }
 
-Two polynomial_spatial_dreg(const Tensor& z, const OptionalTensor& tap_sq, const Tensor& coeffs) {
+Two polynomial_spatial_dreg(const Tensor& z, const OptionalTensor& tap_sq, const Tensor& coeffs, bool rectified) {
   check_maps(z, tap_sq);
-  return spatial_forward(z, tap_sq, Function(coeffs, z, z.size(1)));
+  return spatial_forward(z, tap_sq, Function(coeffs, rectified, z, z.size(1)));
 }
 
 Three polynomial_spatial_dreg_backward(const Tensor& z, const OptionalTensor& tap_sq, const Tensor& coeffs,
-                                       const OptionalTensor& grad_y, const OptionalTensor& grad_jac_sq, bool needs_z,
-                                       bool needs_tap_sq, bool needs_coeffs) {
+                                       const OptionalTensor& grad_y, const OptionalTensor& grad_jac_sq, bool rectified,
+                                       bool needs_z, bool needs_tap_sq, bool needs_coeffs) {
   check_maps(z, tap_sq);
-  return spatial_backward(z, tap_sq, Function(coeffs, z, z.size(1)), coeffs, grad_y, grad_jac_sq,
+  return spatial_backward(z, tap_sq, Function(coeffs, rectified, z, z.size(1)), coeffs, grad_y, grad_jac_sq,
                           {needs_z, needs_tap_sq, needs_coeffs});
 }
 
@@ -800,16 +804,16 @@ Two activation_spatial_dreg_backward(const Tensor& z, const OptionalTensor& tap_
   return {dz, dtap_sq};
 }
 
-Three polynomial_tangent(const Tensor& z, const Tensor& z_dot, const Tensor& coeffs) {
+Three polynomial_tangent(const Tensor& z, const Tensor& z_dot, const Tensor& coeffs, bool rectified) {
   check_data(z);
-  return tangent_forward(z, z_dot, Function(coeffs, z));
+  return tangent_forward(z, z_dot, Function(coeffs, rectified, z));
 }
 
 Three polynomial_tangent_backward(const Tensor& z, const Tensor& z_dot, const Tensor& coeffs, const OptionalTensor& grad_y,
-                                  const OptionalTensor& grad_y_dot, const OptionalTensor& grad_tangent_sq, bool needs_z,
-                                  bool needs_z_dot, bool needs_coeffs) {
+                                  const OptionalTensor& grad_y_dot, const OptionalTensor& grad_tangent_sq, bool rectified,
+                                  bool needs_z, bool needs_z_dot, bool needs_coeffs) {
   check_data(z);
-  return tangent_backward(z, z_dot, Function(coeffs, z), coeffs, grad_y, grad_y_dot, grad_tangent_sq,
+  return tangent_backward(z, z_dot, Function(coeffs, rectified, z), coeffs, grad_y, grad_y_dot, grad_tangent_sq,
                           {needs_z, needs_z_dot, needs_coeffs});
 }
 

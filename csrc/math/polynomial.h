@@ -46,6 +46,20 @@ struct Polynomial<Real, 0> {
   CHAINZRULE_INLINE Jet<Real> jet(Real) const { return {coefficients[0], Real{}, Real{}}; }
 };
 
+// p(relu(z)) is p at `rectified(z)`, with the derivatives that are left of p's: as in PyTorch 0 at 0, and NaN passes through.
+template <class Real>
+CHAINZRULE_INLINE Real rectified(Real z) {
+  return z < Element<Real>(0) ? Real{} : z;
+}
+template <class Real>
+CHAINZRULE_INLINE Real where_rising(Real z, Real derivative) {
+  return z <= Element<Real>(0) ? Real{} : derivative;
+}
+template <class Real>
+CHAINZRULE_INLINE Jet<Real> where_rising(Real z, Jet<Real> jet) {
+  return {jet.value, where_rising(z, jet.slope), where_rising(z, jet.curvature)};
+}
+
 // Adds to sums[k] what one element contributes to the gradient of coefficient k: g_y z^k + h k z^(k-1), where g_y is the
 // gradient that arrives at p and h the gradient that arrives at p'. Either may be absent.
 template <int Degree, bool kValueGradient, bool kSlopeGradient, class Real>

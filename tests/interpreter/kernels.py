@@ -147,9 +147,9 @@ def test_nothing_is_written_beyond_an_output(shape: tuple[int, ...], monkeypatch
 
     monkeypatch.setattr(_dreg_triton, "empty_like", between_guards)
     z, coeffs = torch.randn(shape), torch.randn(4)
-    results = polynomial_dreg.forward(z, None, coeffs, True)
+    results = polynomial_dreg.forward(z, None, coeffs, False, True)
     torch.testing.assert_close(results[0], ck.reference.polynomial(z, coeffs))
-    polynomial_dreg.backward(z, None, coeffs, z, torch.ones(shape[0]), None, True, False, True)
+    polynomial_dreg.backward(z, None, coeffs, z, torch.ones(shape[0]), None, False, True, False, True)
     assert len(guarded) == 3
     for buffer in guarded:
         assert (buffer[:32] == 7.25).all()
@@ -270,7 +270,7 @@ def in_float64() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=3)), ids=str)
-@pytest.mark.parametrize("form", ["shared", "per channel", "activation"])
+@pytest.mark.parametrize("form", ["shared", "per channel", "rectified", "activation"])
 @pytest.mark.usefixtures("in_float64")
 def test_absent_gradients_and_unwanted_results(form: str, present: tuple[bool, ...]) -> None:
     z, row_sq = torch.randn(5, 8), torch.rand(8)
@@ -283,8 +283,8 @@ def test_absent_gradients_and_unwanted_results(form: str, present: tuple[bool, .
             if form == "activation":
                 operator, inputs = activation_dreg.backward, (z, weight, *arrived, "gelu", *needs[:2])
             else:
-                coeffs = torch.randn(4) if form == "shared" else torch.randn(4, 8)
-                operator, inputs = polynomial_dreg.backward, (z, weight, coeffs, *arrived, *needs)
+                coeffs = torch.randn(4, 8) if form == "per channel" else torch.randn(4)
+                operator, inputs = polynomial_dreg.backward, (z, weight, coeffs, *arrived, form == "rectified", *needs)
             torch.testing.assert_close(operator(*inputs), operator.definition(*inputs))
 
 
@@ -296,8 +296,8 @@ def test_absent_gradients_of_tangents(tangents: int, present: tuple[bool, ...]) 
     grads = [torch.randn(5, 8), torch.randn(tangents, 5, 8), torch.randn(tangents, 5)]
     arrived = [grad if here else None for grad, here in zip(grads, present, strict=True)]
     for coeffs in (torch.randn(4), torch.randn(4, 8)):
-        for needs in itertools.product((False, True), repeat=3):
-            inputs = (z, z_dot, coeffs, *arrived, *needs)
+        for rectified, *needs in itertools.product((False, True), repeat=4):
+            inputs = (z, z_dot, coeffs, *arrived, rectified, *needs)
             operator = polynomial_tangent.backward
             torch.testing.assert_close(operator(*inputs), operator.definition(*inputs))
 
@@ -305,7 +305,7 @@ def test_absent_gradients_of_tangents(tangents: int, present: tuple[bool, ...]) 
 @pytest.mark.usefixtures("in_float64")
 def test_the_gradient_of_a_mean_is_used_where_it_lies() -> None:
     z, coeffs = torch.randn(40, 300), torch.randn(4)
-    inputs = (z, None, coeffs, None, torch.tensor(0.5).expand(40), None, True, False, True)
+    inputs = (z, None, coeffs, None, torch.tensor(0.5).expand(40), None, False, True, False, True)
     torch.testing.assert_close(polynomial_dreg.backward(*inputs), polynomial_dreg.backward.definition(*inputs))
 
 
@@ -316,9 +316,11 @@ def test_values_that_are_not_finite_stay_in_their_row(columns: int, value: float
     z = torch.randn(6, columns)
     z[2, -1] = z[4, 0] = value
     coeffs = torch.randn(4)
-    results = polynomial_dreg.forward(z, None, coeffs, True)
-    torch.testing.assert_close(results, polynomial_dreg.forward.definition(z, None, coeffs, True), equal_nan=True)
-    inputs = (z, None, coeffs, torch.randn(6, columns), torch.randn(6), None, True, False, True)
+    results = polynomial_dreg.forward(z, None, coeffs, False, True)
+    torch.testing.assert_close(
+        results, polynomial_dreg.forward.definition(z, None, coeffs, False, True), equal_nan=True
+    )
+    inputs = (z, None, coeffs, torch.randn(6, columns), torch.randn(6), None, False, True, False, True)
     actual, expected = polynomial_dreg.backward(*inputs), polynomial_dreg.backward.definition(*inputs)
     torch.testing.assert_close(actual[0], expected[0], equal_nan=True)
     torch.testing.assert_close(actual[2].isfinite(), expected[2].isfinite())
@@ -345,7 +347,7 @@ def test_coefficients_that_are_not_finite_do_not_reach_sums_from_outside_of_the_
     for columns in (75, 37, 8):
         coeffs = torch.tensor([1.0, float("inf"), 0.0, 0.0])
         z = torch.ones(3, columns)
-        inputs = (z, None, coeffs, z, None, None, True, False, True)
+        inputs = (z, None, coeffs, z, None, None, False, True, False, True)
         torch.testing.assert_close(
             polynomial_dreg.backward(*inputs), polynomial_dreg.backward.definition(*inputs), equal_nan=True
         )
@@ -399,24 +401,24 @@ def test_equal_terms_over_many_rows_do_not_drift(form: str) -> None:
     grad_y = torch.full_like(z, TERM)
     coeffs = torch.ones(2) if form == "shared" else torch.ones(2, 4)
     if form == "tangents":
-        inputs = (z, torch.zeros(1, rows, 4), coeffs, grad_y, None, None, False, False, True)
+        inputs = (z, torch.zeros(1, rows, 4), coeffs, grad_y, None, None, False, False, False, True)
         _, _, sums = polynomial_tangent.backward(*inputs)
     else:
-        _, _, sums = polynomial_dreg.backward(z, None, coeffs, grad_y, None, None, False, False, True)
+        _, _, sums = polynomial_dreg.backward(z, None, coeffs, grad_y, None, None, False, False, False, True)
     assert relative_error(sums, TERM, rows * 4 // (sums.numel() // 2)) <= ALLOWED
 
 
 @pytest.mark.usefixtures("one_program")
 def test_the_norm_of_a_very_long_row_does_not_drift() -> None:
     columns = 512 * _launch.forward_tiles(4)[2].columns
-    _, norm, _ = polynomial_dreg.forward(torch.ones(1, columns), None, torch.tensor([0.0, TERM**0.5]), False)
+    _, norm, _ = polynomial_dreg.forward(torch.ones(1, columns), None, torch.tensor([0.0, TERM**0.5]), False, False)
     assert relative_error(norm, TERM, columns) <= ALLOWED
 
 
 def test_the_same_bits_again() -> None:
     z, coeffs, row_sq = torch.randn(40, 72), torch.randn(4, 72), torch.rand(72)
-    inputs = (z, row_sq, coeffs, torch.randn(40, 72), torch.randn(40), None, True, True, True)
-    first = [*polynomial_dreg.forward(z, row_sq, coeffs, True), *polynomial_dreg.backward(*inputs)]
-    again = [*polynomial_dreg.forward(z, row_sq, coeffs, True), *polynomial_dreg.backward(*inputs)]
+    inputs = (z, row_sq, coeffs, torch.randn(40, 72), torch.randn(40), None, False, True, True, True)
+    first = [*polynomial_dreg.forward(z, row_sq, coeffs, False, True), *polynomial_dreg.backward(*inputs)]
+    again = [*polynomial_dreg.forward(z, row_sq, coeffs, False, True), *polynomial_dreg.backward(*inputs)]
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one, other)

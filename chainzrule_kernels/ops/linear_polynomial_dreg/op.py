@@ -48,7 +48,7 @@ def linear_polynomial_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, coeff
         y, jac_sq, _ = operator(*_linear_operator.operands(x, weight, bias), row_sq, coeffs, keep_z)
         return y, jac_sq
     z = linear_in_dtype_of_x(x, weight, bias)
-    y, jac_sq, _ = dreg_operators.forward(z, squared_row_norms(weight, z), coeffs, False)
+    y, jac_sq, _ = dreg_operators.forward(z, squared_row_norms(weight, z), coeffs, False, False)
     return y, jac_sq
 
 

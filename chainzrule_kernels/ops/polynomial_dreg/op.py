@@ -14,14 +14,24 @@ from chainzrule_kernels.ops.polynomial_dreg import definition
 
 @overload
 def polynomial_dreg(
-    z: Tensor, coeffs: Tensor, row_sq: Tensor | None = None, *, return_derivative: Literal[False] = False
+    z: Tensor,
+    coeffs: Tensor,
+    row_sq: Tensor | None = None,
+    *,
+    return_derivative: Literal[False] = False,
+    rectified: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def polynomial_dreg(
-    z: Tensor, coeffs: Tensor, row_sq: Tensor | None = None, *, return_derivative: Literal[True]
+    z: Tensor,
+    coeffs: Tensor,
+    row_sq: Tensor | None = None,
+    *,
+    return_derivative: Literal[True],
+    rectified: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def polynomial_dreg(
-    z: Tensor, coeffs: Tensor, row_sq: Tensor | None = None, *, return_derivative: bool = False
+    z: Tensor, coeffs: Tensor, row_sq: Tensor | None = None, *, return_derivative: bool = False, rectified: bool = False
 ) -> tuple[Tensor, ...]:
     r"""A polynomial, its derivative and the layer Jacobian norm in one pass over ``z``.
 
@@ -35,6 +45,8 @@ def polynomial_dreg(
             ``1 <= D <= 8``.
         row_sq: ``(N,)``, the weight of each channel in the norm; None for 1 (the ``"activation"`` variant of DREG).
         return_derivative: whether to return ``p'(z)`` too.
+        rectified: whether to apply the polynomial to ``relu(z)``: PolyReLU (PolyCom, arXiv 2411.03884). The derivatives
+            are then 0 for ``z <= 0``, as those of PyTorch's relu.
 
     Returns:
         ``(y, jac_sq)`` or ``(y, jac_sq, derivative)``, contiguous. ``y`` and ``derivative`` have the shape and dtype of
@@ -46,25 +58,33 @@ def polynomial_dreg(
     Coefficients and ``row_sq`` may have another dtype than ``z``; arithmetic is in float32 (float64 for float64 ``z``).
     Differentiable any number of times in ``z``, ``coeffs`` and ``row_sq``; only ``z`` is saved for the backward.
     """
-    check(z, coeffs, row_sq, return_derivative=return_derivative)
+    check(z, coeffs, row_sq, return_derivative=return_derivative, rectified=rectified)
     if backends.choose("polynomial_dreg", z) == "reference":
-        return definition.polynomial_dreg(z, coeffs, row_sq, return_derivative=return_derivative)
-    y, jac_sq, derivative = operators.forward(z, row_sq, coeffs, return_derivative)
+        return definition.polynomial_dreg(z, coeffs, row_sq, return_derivative=return_derivative, rectified=rectified)
+    y, jac_sq, derivative = operators.forward(z, row_sq, coeffs, rectified, return_derivative)
     return (y, jac_sq, derivative) if return_derivative else (y, jac_sq)
 
 
-def check(z: Tensor, coeffs: Tensor, row_sq: Tensor | None = None, *, return_derivative: bool = False) -> None:
+def check(
+    z: Tensor,
+    coeffs: Tensor,
+    row_sq: Tensor | None = None,
+    *,
+    return_derivative: bool = False,
+    rectified: bool = False,
+) -> None:
     """Raise for arguments that :func:`polynomial_dreg` cannot take."""
     _checks.check_z(z)
     _checks.check_coeffs(coeffs, z)
     _checks.check_row_sq(row_sq, z)
     _checks.check_flag("return_derivative", return_derivative)
+    _checks.check_flag("rectified", rectified)
 
 
 def _operator_definition(
-    z: Tensor, row_sq: Tensor | None, coeffs: Tensor, return_derivative: bool
+    z: Tensor, row_sq: Tensor | None, coeffs: Tensor, rectified: bool, return_derivative: bool
 ) -> tuple[Tensor, ...]:
-    results = definition.polynomial_dreg(z, coeffs, row_sq, return_derivative=return_derivative)
+    results = definition.polynomial_dreg(z, coeffs, row_sq, return_derivative=return_derivative, rectified=rectified)
     return results if return_derivative else (*results, z.new_empty(0))
 
 

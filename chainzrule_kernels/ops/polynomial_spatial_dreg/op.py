@@ -11,7 +11,9 @@ from chainzrule_kernels.ops._operator_pairs import register_pair, spatial_dreg_f
 from chainzrule_kernels.ops.polynomial_spatial_dreg import definition
 
 
-def polynomial_spatial_dreg(z: Tensor, coeffs: Tensor, tap_sq: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def polynomial_spatial_dreg(
+    z: Tensor, coeffs: Tensor, tap_sq: Tensor | None = None, *, rectified: bool = False
+) -> tuple[Tensor, Tensor]:
     r"""A polynomial of feature maps and the layer Jacobian norm of each image, in one pass over ``z``.
 
     ``y = p(z)`` and ``jac_sq_b = Σ_{c,h,w} p'(z_{b,c,h,w})² tap_sq_{c,h,w}``. For the layer ``y = p(conv(x, W) + b)``,
@@ -25,6 +27,8 @@ def polynomial_spatial_dreg(z: Tensor, coeffs: Tensor, tap_sq: Tensor | None = N
             ``1 <= D <= 8``.
         tap_sq: the weight of each element in the norm: ``(C, *spatial)``, ``(C,)`` where it is the same at every
             position (a convolution without padding), or None for 1 (the ``"activation"`` variant of DREG).
+        rectified: whether to apply the polynomial to ``relu(z)``: PolyReLU (PolyCom, arXiv 2411.03884). The derivatives
+            are then 0 for ``z <= 0``, as those of PyTorch's relu.
 
     Returns:
         ``(y, jac_sq)``. ``y`` has the shape and dtype of ``z``, and its channels innermost in memory if ``z`` has
@@ -37,22 +41,23 @@ def polynomial_spatial_dreg(z: Tensor, coeffs: Tensor, tap_sq: Tensor | None = N
     Coefficients and ``tap_sq`` may have another dtype than ``z``; arithmetic is in float32 (float64 for float64 ``z``).
     Differentiable any number of times in ``z``, ``coeffs`` and ``tap_sq``; only ``z`` is saved for the backward.
     """
-    check(z, coeffs, tap_sq)
+    check(z, coeffs, tap_sq, rectified=rectified)
     if backends.choose("polynomial_spatial_dreg", z) == "reference":
-        return definition.polynomial_spatial_dreg(z, coeffs, tap_sq)
-    y, jac_sq = operators.forward(z, tap_sq, coeffs)
+        return definition.polynomial_spatial_dreg(z, coeffs, tap_sq, rectified=rectified)
+    y, jac_sq = operators.forward(z, tap_sq, coeffs, rectified)
     return y, jac_sq
 
 
-def check(z: Tensor, coeffs: Tensor, tap_sq: Tensor | None = None) -> None:
+def check(z: Tensor, coeffs: Tensor, tap_sq: Tensor | None = None, *, rectified: bool = False) -> None:
     """Raise for arguments that :func:`polynomial_spatial_dreg` cannot take."""
     _checks.check_feature_maps(z)
     _checks.check_coeffs(coeffs, z, channels=z.shape[1])
     _checks.check_tap_sq(tap_sq, z)
+    _checks.check_flag("rectified", rectified)
 
 
-def _operator_definition(z: Tensor, tap_sq: Tensor | None, coeffs: Tensor) -> tuple[Tensor, ...]:
-    return definition.polynomial_spatial_dreg(z, coeffs, tap_sq)
+def _operator_definition(z: Tensor, tap_sq: Tensor | None, coeffs: Tensor, rectified: bool) -> tuple[Tensor, ...]:
+    return definition.polynomial_spatial_dreg(z, coeffs, tap_sq, rectified=rectified)
 
 
 operators = register_pair(
