@@ -60,15 +60,14 @@ def built_for(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-# What does not change while a program runs, torch.compile need not look into.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@rule.constant_while_running
 def device_properties(device: torch.device) -> tuple[int, int, int]:
     """Compute capability, major and minor, and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor, properties.multi_processor_count
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@rule.constant_while_running
 def no_kernel_for(device: torch.device) -> str | None:
     """Why there is no compiled kernel for a device; None when there is."""
     if device.type != DEVICE_TYPE:

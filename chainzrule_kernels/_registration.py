@@ -79,7 +79,7 @@ class Operator:
         self.definition = definition
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         eager_function, self.transformable_function = _differentiable_functions(
-            self.overload, definition, vjp, jvp, tuple(saves), stands_in
+            self.overload, definition, vjp, jvp, tuple(saves), arrange, stands_in
         )
         # Function.apply adds only checks for torch.func transforms, which __call__ has made. They take microseconds.
         self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
@@ -134,6 +134,7 @@ def _differentiable_functions(
     vjp: Derivative,
     jvp: Tangent,
     saves: tuple[int, ...],
+    arrange: Arrange,
     stands_in: StandIn,
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The operator as an autograd Function: once for eager calls, once for ``torch.func`` transforms.
@@ -163,7 +164,9 @@ def _differentiable_functions(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            result = tuple(jvp(everything_saved(ctx), tangents[:tensor_count]))
+            inputs = everything_saved(ctx)
+            # PyTorch wants a tangent laid out as its output is.
+            result = tuple(arrange(inputs, tangent) for tangent in jvp(inputs, tangents[:tensor_count]))
             return result[0] if single_output else result
 
     class Eager(Differentiable):

@@ -50,7 +50,9 @@ def test_the_cases_reach_every_registered_operator(device: str) -> None:
     reached = {
         call[0].overloadpacket.__name__ for case in REPRESENTATIVE for call in _recorded(case, LAYOUTS[0], device)
     }
-    assert reached == registered_operators()
+    # On the CPU the linear ops are the library's product and the operator of the pass behind it.
+    of_gpus = set() if device == "cuda" else {"linear_polynomial_dreg", "linear_activation_dreg"}
+    assert reached == registered_operators() - of_gpus
 
 
 @each(REPRESENTATIVE)

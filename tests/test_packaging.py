@@ -297,14 +297,29 @@ def test_r02_the_native_module_needs_no_library_that_a_cpu_build_of_torch_lacks(
 
 def test_the_examples_of_the_readme_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    training, backends = blocks
+    training, regularising, converting, backends = blocks
     assert len(training.strip().splitlines()) == 10
 
     names = {"batches": [(torch.randn(8, 64), torch.randint(10, (8,)))]}
     exec(training, names)
     assert names["regulariser"].penalty().item() > 0
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 10))
+    names = {"torch": torch, "ck": ck, "model": model, "x": torch.randn(8, 64), "target": torch.randint(10, (8,))}
+    regularising = regularising.splitlines()
+    exec(regularising[0], names)
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        names["regulariser"].penalty()
+    exec("\n".join(regularising[1:]), names)
+    assert [layer.name for layer in names["regulariser"].layers] == ["1"]
+    assert names["loss"] > torch.nn.functional.cross_entropy(model(names["x"]), names["target"])
+
+    convolutions = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3)
+    names = {"ck": ck, "resnet": torch.nn.Sequential(*convolutions)}
+    exec(converting, names)
+    assert [type(module).__name__ for module in names["net"]] != [type(module).__name__ for module in convolutions]
+    assert [type(module).__name__ for module in names["resnet"]] == [type(module).__name__ for module in convolutions]
 
     names = {"ck": ck, "z": torch.randn(8, 64), "coeffs": torch.tensor([0.0, 1.0, 0.0, 0.1])}
     exec(backends, names)

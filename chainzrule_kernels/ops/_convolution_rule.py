@@ -14,8 +14,9 @@ decide:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ TILE_ROWS = 128
 """Positions of the output that a thread block takes. It takes 128 filters, or 64 where that wastes less."""
 
 OLDEST_CAPABILITY = (8, 0)
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 _VECTORS = {"bfloat16": 8, "float16": 8, "tfloat32": 4, "float32": 1}
 
@@ -154,7 +158,17 @@ def arithmetic(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_while_running(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Have torch.compile call the function while it traces, and take the result as a constant.
+
+    :func:`torch.compiler.assume_constant_result` does the same and imports Dynamo, which would make the import of this
+    package take seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_while_running
 def tf32_allowed() -> bool:
     """Whether PyTorch lets convolutions round float32 to TF32.
 
