@@ -9,6 +9,7 @@ that forward runs.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import inspect
 from types import CodeType
@@ -41,7 +42,7 @@ from chainzrule_kernels.nn.jacobian_record import (
 from chainzrule_kernels.ops._convolution import geometry, squared_taps
 
 
-class Interception:
+class Interception(abc.ABC):
     """Stands in the place of a module's forward, and gives it back.
 
     Attributes:
@@ -85,9 +86,9 @@ class Interception:
             return self._inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    @abc.abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward while the regulariser is attached."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Give the forward back. Whoever has wrapped it since still gets the module's own."""

@@ -44,7 +44,7 @@ def activation_dreg(
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
 
     Arithmetic is in float32 (float64 for float64 ``z``). Differentiable any number of times in ``z`` and ``row_sq``;
-    only ``z`` is saved for the backward.
+    only ``z`` is saved for the backward, and of relu only ``y``, where its derivatives are the same.
     """
     check(z, kind, row_sq, return_derivative=return_derivative)
     if backends.choose("activation_dreg", z) == "reference":

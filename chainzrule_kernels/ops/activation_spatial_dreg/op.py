@@ -35,7 +35,7 @@ def activation_spatial_dreg(z: Tensor, kind: str, tap_sq: Tensor | None = None) 
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
 
     Arithmetic is in float32 (float64 for float64 ``z``). Differentiable any number of times in ``z`` and ``tap_sq``;
-    only ``z`` is saved for the backward.
+    only ``z`` is saved for the backward, and of relu only ``y``, where its derivatives are the same.
     """
     check(z, kind, tap_sq)
     if backends.choose("activation_spatial_dreg", z) == "reference":

@@ -36,7 +36,7 @@ def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
 
     Differentiable any number of times in every tensor argument, ``weight`` through the norm as well. Beside ``x`` and
-    the parameters only ``z`` is saved for the backward.
+    the parameters only ``z`` is saved for the backward, or on the CPU for relu ``y``.
     """
     check(x, weight, bias, kind)
     chosen = backends.choose("linear_activation_dreg", x)
