@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chainzrule_kernels._remembered import remembered
 from chainzrule_kernels.functions import compute_dtype
 
 Numbers = int | Sequence[int]
@@ -37,6 +38,14 @@ class Geometry:
         return [min(pair) for pair in self.padding]
 
     @property
+    def even(self) -> bool:
+        """Whether the padding before and behind the image is the same."""
+        for low, high in self.padding:  # noqa: SIM110 - asked at every call
+            if low != high:
+                return False
+        return True
+
+    @property
     def padded(self) -> bool:
         """Whether some taps may fall outside the image."""
         return any(size > 0 for pair in self.padding for size in pair)
@@ -52,6 +61,7 @@ def out_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> 
     return (size + padding - dilation * (taps - 1) - 1) // stride + 1
 
 
+@remembered
 def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation: Numbers) -> Geometry:
     """The arguments of a convolution, in the one form that the rest of the package uses."""
     dimensions = len(window)
@@ -65,18 +75,22 @@ def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation:
         pairs = [(padding, padding)] * dimensions
     else:
         pairs = [(entry, entry) if isinstance(entry, int) else entry for entry in padding]
+        if len(pairs) < dimensions:
+            pairs = pairs * dimensions
     return Geometry(strides, tuple((low, high) for low, high in pairs), dilations)
 
 
 def _for_each_dimension(value: Numbers, dimensions: int) -> tuple[int, ...]:
-    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return (value,) * dimensions
+    return tuple(value) * dimensions if len(value) < dimensions else tuple(value)
 
 
 def with_uneven_padding(x: Tensor, where: Geometry) -> Tensor:
     """``x`` with the zeros that :attr:`Geometry.even_padding` leaves out."""
-    rest = [(low - even, high - even) for (low, high), even in zip(where.padding, where.even_padding, strict=True)]
-    if not any(low or high for low, high in rest):
+    if where.even:
         return x
+    rest = [(low - even, high - even) for (low, high), even in zip(where.padding, where.even_padding, strict=True)]
     return F.pad(x, [size for pair in reversed(rest) for size in pair])
 
 
@@ -118,6 +132,11 @@ def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
             # The first dimension behind K is the one whose taps are summed; its windows go to the end.
             sums = sums.movedim(1, -1) @ inside.to(sums.dtype)
     return sums
+
+
+def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``; one that has it already costs no call of PyTorch."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
