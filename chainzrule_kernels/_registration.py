@@ -106,17 +106,17 @@ class Operator:
     def register_python_kernel(self, kernel: Definition) -> None:
         """Make a function the operator's kernel for CPU tensors.
 
-        Eager calls on plain tensors go straight to it: by way of the dispatcher, from Python to C++ and back, they would
-        take longer than a small convolution does.
+        Eager calls on plain tensors go straight to it: the way through the dispatcher, from Python to C++ and back,
+        takes longer than a small convolution.
         """
         library.impl(self.name, kernel, "CPU")
         self.python_kernel = kernel
 
     def _run(self, *inputs: Any) -> Any:
-        """The kernel, in eager mode and below autograd."""
+        """The kernel, in eager mode where nothing is left for autograd to do."""
+        if self.python_kernel is not None and _plain(inputs):
+            return self.python_kernel(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            if self.python_kernel is not None and _plain(inputs):
-                return self.python_kernel(*inputs)
             return self.overload(*inputs)
 
     def _autograd_kernel(self, *inputs: Any) -> Any:
@@ -138,7 +138,7 @@ def _something_to_differentiate(inputs: tuple[Any, ...]) -> bool:
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
-        for value in inputs:  # noqa: SIM110 - a generator expression would take twice the time
+        for value in inputs:
             if isinstance(value, Tensor) and value.requires_grad:
                 return True
     return False

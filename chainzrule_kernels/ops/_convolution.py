@@ -152,5 +152,7 @@ def dtype_of_convolution(x: Tensor) -> torch.dtype:
 
 
 def _autocast(device: torch.device) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     # Of devices that have none, such as meta, PyTorch refuses to say whether it is enabled.
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
