@@ -164,8 +164,6 @@ def _check_windows(
     dilations = _check_counts("dilation", dilation, dimensions, 1)
     pads = _check_padding(padding, dimensions, strides)
     for axis, (size, taps) in enumerate(zip(spatial, weight_shape[2:], strict=True)):
-        if size == 0:
-            raise ValueError(f"x: expected at least one element in each spatial dimension, got {_sizes(x_shape)}")
         reach = dilations[axis] * (taps - 1) + 1
         padded = size + (reach - 1 if padding == "same" else sum(pads[axis]))
         if padded < reach:
@@ -173,6 +171,8 @@ def _check_windows(
                 f"x: expected at least {reach} elements, padding included, in each spatial dimension for a window of "
                 f"{taps} taps and dilation {dilations[axis]}, got {padded} in {_sizes(x_shape)}"
             )
+        if size == 0:
+            raise ValueError(f"x: expected at least one element in each spatial dimension, got {_sizes(x_shape)}")
 
 
 def _check_padding(padding: Any, dimensions: int, strides: list[int]) -> list[tuple[int, int]]:
@@ -184,10 +184,10 @@ def _check_padding(padding: Any, dimensions: int, strides: list[int]) -> list[tu
             raise ValueError(f"padding: expected numbers for a stride other than 1, got 'same' with stride {strides}")
         return [(0, 0)] * dimensions
     if isinstance(padding, (tuple, list)) and any(isinstance(entry, (tuple, list)) for entry in padding):
+        if any(isinstance(entry, (tuple, list)) and len(entry) != 2 for entry in padding):
+            raise ValueError(f"padding: expected pairs of 2 numbers, got {tuple(padding)}")
         if len(padding) != dimensions:
             raise ValueError(f"padding: expected {dimensions} pairs, got {len(padding)}")
-        if any(isinstance(entry, (tuple, list)) and len(entry) != 2 for entry in padding):
-            raise ValueError(f"padding: expected pairs (before, behind), got {tuple(padding)}")
         pairs = [_check_counts("padding", entry, 2, 0) for entry in padding]
         return [(low, high) for low, high in pairs]
     return [(pad, pad) for pad in _check_counts("padding", padding, dimensions, 0)]

@@ -27,7 +27,7 @@ def remembered(function: Callable[Parameters, Result]) -> Callable[Parameters, R
             return function(*arguments, **keywords)
         for argument in arguments:
             if not _numbers(argument):
-                return function(*arguments)
+                return function(*arguments, **keywords)
         return kept(*arguments)
 
     return call

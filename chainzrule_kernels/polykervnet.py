@@ -278,9 +278,10 @@ class _Conversion:
         while name:
             outer, _, inner = name.rpartition(".")
             children = self._model.get_submodule(outer)._modules
+            names = [child_name for child_name, child in children.items() if child is not None]
             beside = [child for child in children.values() if child is not None]
             if any(True for module in beside for _ in _layers(module)):
-                return beside, beside.index(children[inner])
+                return beside, names.index(inner)
             name = outer
         return [], 0
 

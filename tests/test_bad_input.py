@@ -193,7 +193,7 @@ def test_a_convolution_wants_an_image_that_is_not_empty() -> None:
 
 def test_padding_is_a_number_or_a_pair_for_each_dimension() -> None:
     x, weight, coeffs = torch.ones(2, 3, 4, 5), torch.ones(4, 3, 3, 3), torch.ones(4)
-    with pytest.raises(ValueError, match=r"^padding: expected pairs \(before, behind\), got \(\(1,\), \(2,\)\)"):
+    with pytest.raises(ValueError, match=r"^padding: expected pairs of 2 numbers, got \(\(1,\), \(2,\)\)"):
         ck.polynomial_conv2d(x, weight, None, coeffs, padding=((1,), (2,)))
 
 

@@ -294,8 +294,8 @@ def test_a_tensor_subclass_sees_the_operator(device: str) -> None:
         @classmethod
         def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             cls.names.append(func._schema.name)
-            plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
             with torch._C._DisableTorchDispatch():
+                plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
                 return func(*plain, **(kwargs or {}))
 
     tensors = _draw(2, 1, False, False, device)

@@ -28,9 +28,9 @@ def polynomial(z: Tensor, coeffs: Tensor, *, rectified: bool = False) -> Tensor:
             are then 0 for ``z <= 0``, as those of PyTorch's relu.
 
     Returns:
-        ``y`` with the shape and dtype of ``z``; contiguous, except that under shared coefficients feature maps keep their
-        channels innermost (``torch.channels_last``). Arithmetic is in float32 (float64 for float64 ``z``), by Horner's
-        rule.
+        ``y`` with the shape and dtype of ``z``; contiguous, except that with shared coefficients feature maps keep
+        their channels innermost (``torch.channels_last``). Arithmetic is in float32 (float64 for float64 ``z``), by
+        Horner's rule.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, dtype, shape or device, before anything is computed.
