@@ -98,8 +98,8 @@ def to_polykervnet(
     before making the optimizer, which has to know those, and before ``torch.compile``.
 
     Args:
-        model: any module. Convolutions and activations that are modules of their own are found; a forward that calls
-            ``F.relu`` cannot be changed, and the report names it.
+        model: any module, one that was converted in parts before as well. Convolutions and activations that are modules
+            of their own are found; a forward that calls ``F.relu`` cannot be changed, and the report names it.
         kernel: ``"rpkn"``, ``"pkn"`` or ``"kerv"`` for a kernel convolution, ``"react"`` or ``"act"`` for a polynomial
             activation.
         layers: which to replace of the convolutions (of the activations for ``"react"`` and ``"act"``): names as in
@@ -138,7 +138,7 @@ def from_polykervnet(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     the parameters of the polynomials, which have no place in it.
 
     Args:
-        model: one that :func:`to_polykervnet` returned, or a copy of it.
+        model: one that :func:`to_polykervnet` returned, once or several times, or a copy of it.
         inplace: whether ``model`` itself is changed; otherwise a deep copy is.
 
     Raises:
