@@ -88,8 +88,8 @@ class Layer:
         folds: whether ``‖W_j‖²`` of the linear map, scaled by a batch norm between, gives the norm of the layer's
             Jacobian. Otherwise only ``Σ_j f'(z_j)²`` is known, and ``note`` says why.
         note: where the weight stands, or why it is not taken into account.
-        spatial: for an activation with no linear map in front, the number of spatial dimensions of its input, feature maps
-            ``(B, C, *spatial)``; None for ``(..., N)``, and where that is not known. A linear map knows it when it runs.
+        spatial: for an activation with no linear map in front, the number of spatial dimensions of its input, feature
+            maps ``(B, C, *spatial)``; None for ``(..., N)``, and where that is not known.
         in_place: whether the activation overwrites its input.
         overwrites_unseen: whether it does and nothing else uses its input, which it may then as well leave as it is.
     """
@@ -277,10 +277,9 @@ def _trace(module: nn.Module) -> _Trace | str:
     }
     # An argument that defaults to None may be one that every caller gives, and the forward then needs.
     given = {name: default for name, default in defaults.items() if default is not None}
+    choices = [defaults, given] if given != defaults else [defaults]
     reason = ""
-    for concrete, guess in itertools.product(
-        [defaults, given] if given != defaults else [defaults], (None, False, True)
-    ):
+    for concrete, guess in itertools.product(choices, (None, False, True)):
         try:
             with unchanged(module), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -519,6 +518,8 @@ class _Analysis:
 
     def _layer(self, name: str, site: _Site) -> Layer:
         value = site.value
+        # Coefficients for each channel are those of the last dimension.
+        takes_rows = value.linear is not None or getattr(site.activation, "num_channels", None) is not None
         own = site.is_polynomial and value.linear == site.owner_name
         note = "its own weight" if own else f"the weight of {value.linear}"
         if value.linear is None:
@@ -540,10 +541,7 @@ class _Analysis:
             kind=site.call.kind,
             folds=value.linear is not None and not value.lost,
             note=note,
-            # Coefficients for each channel are those of the last dimension.
-            spatial=None
-            if value.linear is not None or getattr(site.activation, "num_channels", None)
-            else value.spatial,
+            spatial=None if takes_rows else value.spatial,
             in_place=site.call.in_place,
             overwrites_unseen=site.call.in_place and value.memory.is_followed and not site.is_seen_again,
         )

@@ -224,9 +224,9 @@ class WatchingFunctions(Interception):
             for name in self.records:
                 if name in NAMES_HIDDEN_BY_DYNAMO and name not in mode.seen:
                     raise RuntimeError(
-                        f"DREG: the call of {name} in a {type(self.module).__name__} was not seen. torch.compile does not "
-                        "show the calls of torch.nn.functional.tanh and sigmoid, torch.relu_, tanh_ and sigmoid_: call "
-                        "torch.tanh or torch.sigmoid, or the method of the tensor; or leave the layer out with layers="
+                        f"DREG: the call of {name} in a {type(self.module).__name__} was not seen. torch.compile "
+                        "does not show those of torch.nn.functional.tanh and sigmoid, torch.relu_, tanh_ and sigmoid_. "
+                        "Call torch.tanh, torch.sigmoid or the tensor's method, or leave the layer out with layers="
                     )
         return y
 

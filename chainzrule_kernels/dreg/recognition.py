@@ -119,8 +119,8 @@ ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
     function: function.__name__.rstrip("_") for function in (*_SIMPLE_ACTIVATIONS, F.gelu, F.softplus)
 }
-# Of which some function calls reach no torch function mode in a compiled function (torch 2.13): F.tanh, F.sigmoid, torch.relu_,
-# torch.tanh_ and torch.sigmoid_.
+# Some calls of these reach no torch function mode in a compiled function (torch 2.13): those of F.tanh, F.sigmoid,
+# torch.relu_, torch.tanh_ and torch.sigmoid_.
 NAMES_HIDDEN_BY_DYNAMO = frozenset({"relu", "tanh", "sigmoid"})
 # Named in the table of what is not regularised, so that nobody takes them for regularised.
 _OTHER_ACTIVATIONS: dict[Any, str] = {
@@ -371,9 +371,8 @@ def spatial_of(module: nn.Module, otherwise: int | None = None) -> int | None:
     ``otherwise`` where the class leaves it open, as that of a batch norm of one dimension does.
     """
     if isinstance(module, (*CONVOLUTIONS, *_BATCH_NORMS)) or type(module).__module__ == "torch.nn.modules.pooling":
-        dimensions = next(
-            (cls.__name__[-2] for cls in type(module).__mro__ if cls.__name__[-2:] in ("1d", "2d", "3d")), ""
-        )
+        names = (cls.__name__ for cls in type(module).__mro__)
+        dimensions = next((name[-2] for name in names if name.endswith(("1d", "2d", "3d"))), None)
         open_to_rows = isinstance(module, nn.BatchNorm1d | nn.LazyBatchNorm1d)
         return int(dimensions) if dimensions and not open_to_rows else otherwise
     return None
