@@ -132,8 +132,8 @@ def _inside(size: int, taps: int, where: Geometry, dimension: int, device: torch
 
 
 _LARGEST_KEPT = 2**18
-"""How many numbers :func:`_inside_in_every_dimension` may have. The product with them costs as much as the convolution of
-one image with one channel, and less than finding out again what falls inside."""
+"""How many numbers :func:`_inside_in_every_dimension` may have. The product with them costs as much as the convolution
+of one image with one channel."""
 
 
 @lru_cache(maxsize=64)
