@@ -62,9 +62,9 @@ class Attachment:
             between.update({item.module: item for item in layer.between})
         for layer in left_out:
             # What an activation is given without a linear map in front is told from what it is given by this one.
-            records = self._records_found(layer)
-            if records is not None and None in records.by_linear and layer.linear is not None:
-                records.by_linear.setdefault(layer.linear_name, None)
+            found = self._records_found(layer)
+            if found is not None and None in found.by_linear and layer.linear is not None:
+                found.by_linear.setdefault(layer.linear_name, None)
                 marked.setdefault(layer.linear, (layer.linear_name or "", False))
                 between.update({item.module: item for item in layer.between})
         for module, (name, folds) in marked.items():

@@ -270,7 +270,7 @@ def _trace(module: nn.Module) -> _Trace | str:
     if signature is None:
         return "its forward has no signature"
     parameters = signature.parameters.values()
-    defaults = {
+    defaults: dict[str, Any] = {
         parameter.name: parameter.default
         for parameter in parameters
         if parameter.default is None or isinstance(parameter.default, bool | int | float | str)
