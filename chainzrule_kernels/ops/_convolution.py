@@ -136,7 +136,7 @@ _LARGEST_KEPT = 2**18
 of one image with one channel."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _inside_in_every_dimension(
     size: tuple[int, ...], window: tuple[int, ...], where: Geometry, dtype: torch.dtype
 ) -> Tensor:
