@@ -38,7 +38,7 @@ def backend(name: str) -> Iterator[None]:
 
     The choice is local to the thread. ``torch.compile`` and ``torch.export`` make it while they trace: enter the block
     before the first call of the compiled function. The reference lays out its results as PyTorch does; every other
-    backend returns contiguous ones.
+    backend returns contiguous ones, or feature maps with their channels innermost where the op says so.
     """
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or auto, got {name!r}")

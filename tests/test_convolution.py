@@ -298,3 +298,61 @@ def test_the_squared_taps_are_summed_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = _convolution.squared_taps(weight, x, where)
     assert torch.equal(found, _convolution.squared_taps(weight, x, where))
+
+
+# ---- the short way of small calls -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_a_call_that_somebody_watches_gives_the_same(with_norm: bool, device: str) -> None:
+    # Past PyTorch's dispatcher unless a mode wants to see the operators.
+    tensors = _draw(2, 1, True, False, device)
+    convolution = CONVOLUTIONS[2][with_norm]
+    function = lambda t: results if isinstance(results := convolution(**t, padding=1), tuple) else (results,)  # noqa: E731
+    for _ in range(2):
+        with torch.no_grad(), Recorder() as recorder:
+            watched = function(tensors)
+        assert [call[0]._schema.name.split("::")[1] for call in recorder.own_calls] == ["polynomial_convolution"]
+        with torch.no_grad():
+            assert_same(function(tensors), watched, rtol=0.0, atol=0.0)
+    gradients = gradients_for(watched)
+    found = differentiate(function, tensors, gradients)
+    with Recorder():
+        assert_same(found, differentiate(function, tensors, gradients), rtol=0.0, atol=0.0)
+
+
+def test_a_tensor_subclass_sees_the_operator(device: str) -> None:
+    class Seen(Tensor):
+        names: list[str] = []  # noqa: RUF012 - of the class, as the calls are
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.names.append(func._schema.name)
+            with torch._C._DisableTorchDispatch():
+                plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
+                return func(*plain, **(kwargs or {}))
+
+    tensors = _draw(2, 1, False, False, device)
+    expected = ck.polynomial_conv2d(**tensors, bias=None)
+    found = ck.polynomial_conv2d(**{**tensors, "x": tensors["x"].as_subclass(Seen)}, bias=None)
+    assert "chainzrule_kernels::polynomial_convolution" in Seen.names
+    assert_same([found.as_subclass(Tensor)], [expected])
+
+
+def test_one_number_in_a_sequence_stands_for_all(device: str) -> None:
+    # As in torch.nn.functional.conv2d.
+    tensors = _draw(2, 1, True, False, device)
+    for given in ((2,), [2]):
+        options = {"stride": given, "padding": given, "dilation": given}
+        found = ck.polynomial_conv2d_dreg(**tensors, **options)
+        assert_same(found, ck.polynomial_conv2d_dreg(**tensors, stride=2, padding=2, dilation=2))
+        s = F.conv2d(tensors["x"], tensors["weight"], tensors["bias"], given, given, given)
+        assert found[0].shape == s.shape
+
+
+def test_what_was_checked_before_does_not_excuse_a_look_alike(device: str) -> None:
+    tensors = _draw(2, 1, True, False, device)
+    for name, right, wrong in (("groups", 1, True), ("stride", (1, 1), (1, True)), ("padding", (1, 1), (1, 1.0))):
+        ck.polynomial_conv2d(**tensors, **{name: right})
+        with pytest.raises(TypeError, match=rf"^{name}: expected a whole number"):
+            ck.polynomial_conv2d(**tensors, **{name: wrong})

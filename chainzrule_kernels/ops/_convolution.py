@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chainzrule_kernels._remembered import remembered
 from chainzrule_kernels.functions import compute_dtype
 
 Numbers = int | Sequence[int]
@@ -39,6 +40,14 @@ class Geometry:
         return [min(pair) for pair in self.padding]
 
     @property
+    def even(self) -> bool:
+        """Whether the padding before and behind the image is the same."""
+        for low, high in self.padding:  # noqa: SIM110 - asked at every call
+            if low != high:
+                return False
+        return True
+
+    @property
     def padded(self) -> bool:
         """Whether some taps may fall outside the image."""
         return any(size > 0 for pair in self.padding for size in pair)
@@ -54,6 +63,7 @@ def out_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> 
     return (size + padding - dilation * (taps - 1) - 1) // stride + 1
 
 
+@remembered
 def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation: Numbers) -> Geometry:
     """The arguments of a convolution, in the one form that the rest of the package uses."""
     dimensions = len(window)
@@ -67,18 +77,22 @@ def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation:
         pairs = [(padding, padding)] * dimensions
     else:
         pairs = [(entry, entry) if isinstance(entry, int) else entry for entry in padding]
+        if len(pairs) < dimensions:
+            pairs = pairs * dimensions
     return Geometry(strides, tuple((low, high) for low, high in pairs), dilations)
 
 
 def _for_each_dimension(value: Numbers, dimensions: int) -> tuple[int, ...]:
-    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return (value,) * dimensions
+    return tuple(value) * dimensions if len(value) < dimensions else tuple(value)
 
 
 def with_uneven_padding(x: Tensor, where: Geometry) -> Tensor:
     """``x`` with the zeros that :attr:`Geometry.even_padding` leaves out."""
-    rest = [(low - even, high - even) for (low, high), even in zip(where.padding, where.even_padding, strict=True)]
-    if not any(low or high for low, high in rest):
+    if where.even:
         return x
+    rest = [(low - even, high - even) for (low, high), even in zip(where.padding, where.even_padding, strict=True)]
     return F.pad(x, [size for pair in reversed(rest) for size in pair])
 
 
@@ -163,6 +177,11 @@ def _may_be_kept(device: torch.device) -> bool:
     )
 
 
+def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``; one that has it already costs no call of PyTorch."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast would send float32 convolutions and matrix products to half precision."""
     return torch.autocast(device.type, enabled=False) if _autocast(device) else nullcontext()
@@ -176,5 +195,7 @@ def dtype_of_convolution(x: Tensor) -> torch.dtype:
 
 
 def _autocast(device: torch.device) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     # Of devices that have none, such as meta, PyTorch refuses to say whether it is enabled.
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
