@@ -213,7 +213,7 @@ def test_r14_a_new_shape_compiles_nothing(
 
 
 def test_the_gradient_of_a_norm_may_begin_anywhere(compiled: Callable[[], int]) -> None:
-    """It may be a part of a larger tensor, and is used where it lies; everything else is copied unless it is aligned."""
+    """It may be a part of a larger tensor, and is used where it lies; everything else is aligned, or copied."""
     from chainzrule_kernels.ops import _call_triton, _dreg_triton
 
     z, coeffs = torch.empty(3, 8), torch.empty(4)
