@@ -108,10 +108,8 @@ def launch(
         kernel[(plan.programs,)](*tensors, *sizes, **constants, **of_tile(kernel, plan.tile))
         return
     # The function, since Triton hashes a kernel by its source.
-    key = (kernel.fn, device, *(value if value is None else value.dtype for value in tensors), *constants.values())
-    for_tiles = _compiled.get(key)
-    if for_tiles is None:
-        for_tiles = _compiled[key] = {}
+    key = (kernel.fn, device, *[value if value is None else value.dtype for value in tensors], *constants.values())
+    for_tiles = _compiled.setdefault(key, {})
     if plan.tile not in for_tiles:
         for tile in tiles if COMPILE_AHEAD else (plan.tile,):
             for_tiles[tile] = _compiled_for(kernel, tile, (*tensors, *sizes), constants)

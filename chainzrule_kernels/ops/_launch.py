@@ -332,7 +332,7 @@ def channel_tiles(itemsize: int, degree: int) -> list[Tile]:
 @cache
 def _tangent_tiles(vector: int) -> dict[str, Tile]:
     if vector == 1:
-        return {"narrow": Tile(64, 8, 1), "middle": Tile(4, 64, 1), "wide": Tile(1, 512, 1)}
+        return {"narrow": Tile(64, 8, 1), "middle": Tile(4, 64, 1), "wide": Tile(1, 512, 1, registers=REGISTERS)}
     return _tiles_of_two_vectors(vector, False)
 
 
