@@ -625,7 +625,8 @@ def print_results(results: dict[tuple[str, str], Result], overhead: dict[str, fl
     print(f"{'work':<66}{'stage':<10}{'us':>9}{'GB/s':>8}{'of copy':>9}{'spread':>8}  others, times the fused time")
     for result in results.values():
         seconds, rate, of_copy, spread = result.median("fused"), _rate(result), result.ratio("copy"), result.spread
-        others = [f"{name} {result.ratio(name):.2f}" for name in result.seconds if name not in ("fused", "copy")]
+        compared = [name for name in result.seconds if name not in ("fused", "copy")]
+        others = [f"{name} {_cell(result.ratio(name), 1, '.2f')}" for name in compared]
         print(
             f"{result.work:<66}{result.stage:<10}{_cell(seconds, 1e6, '.1f'):>9}{_cell(rate, 1, '.0f'):>8}"
             f"{_cell(of_copy, 100, '.1f', '%'):>9}{_cell(spread, 100, '.1f', '%'):>8}  {', '.join(others)}"
