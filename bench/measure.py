@@ -15,26 +15,59 @@ from bench.providers import Provider
 MINIMUM_ROUNDS = 5
 MAXIMUM_ROUNDS = 60
 
+SWEEPS = ("batch", "width", "degree", "tangents", "depth", "channels")
+"""The quantities whose growth a series of comparisons shows."""
+
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of one call, over the rounds of a run, in seconds."""
+    """The time of one call, over the rounds of a run, in seconds.
+
+    Attributes:
+        median: over the rounds of every repetition of the run.
+        lower_quartile: likewise.
+        upper_quartile: likewise.
+        rounds: how many calls were timed.
+        run_medians: the median of each repetition of the run, where it was repeated.
+    """
 
     median: float
     lower_quartile: float
     upper_quartile: float
     rounds: int
+    run_medians: tuple[float, ...] = ()
 
 
 @dataclass
 class Comparison:
-    """What was measured of one piece of work: a timing for each provider, or why it has none."""
+    """What was measured of one piece of work: a timing for each provider, or why it has none.
+
+    Attributes:
+        op: the public function, or what else is measured.
+        label: which arguments.
+        stage: ``"forward"``, ``"backward"``, ``"both"``, ``"memory"``, ….
+        bytes: what any implementation must move at this stage, where memory bounds the work.
+        operations: floating-point operations at this stage, where those bound the work.
+        sweep: which quantity grows over a series of comparisons: one of :data:`SWEEPS`.
+        position: that quantity here.
+        model: the real model that the shape comes from.
+        timings: by provider.
+        failures: by provider, what was wrong with an answer; no figure then.
+        skipped: by provider, why it was not measured.
+        peak_bytes: by provider, the most memory held at once.
+    """
 
     op: str
     label: str
     stage: str
+    bytes: int | None = None
+    operations: int | None = None
+    sweep: str | None = None
+    position: int | None = None
+    model: str | None = None
     timings: dict[str, Timing] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
     def ratio(self, numerator: str, denominator: str) -> float | None:
