@@ -83,10 +83,12 @@ def bounds(results: Results) -> list[dict[str, Any]]:
 
 
 def write(content: Mapping[str, Any], folder: Path) -> Path:
-    """Write the JSON file of a run into a folder, named after the machine and the date."""
-    name = re.sub(r"[^a-z0-9]+", "-", content["machine"]["processor"].lower()).strip("-")
+    """Write the JSON file of a run into a folder, named after what was measured and the date."""
+    machine = content["machine"]
+    device = machine.get("gpu") or f"{machine['processor']}-{machine['threads']}-threads"
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     date = content["date"].replace(":", "").split("+")[0]
-    path = folder / f"{name}-{content['machine']['threads']}-threads-{date}.json"
+    path = folder / f"{name}-{date}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
