@@ -1,10 +1,10 @@
 """Instructions per element of the CPU kernels, counted by callgrind: a figure that a noisy machine cannot move.
 
 ``python -m bench.instructions`` counts and compares with the figures kept in ``bench/results/instructions.json``;
-``--update`` keeps the new ones. The kernels are those of AVX2, because valgrind knows no AVX-512. Each is run on one tile
-of 32 rows and on one of 64 (``bench/instructions.cpp``): the difference of the two counts leaves out what a call costs,
-and is divided by the difference of the elements. Counts say nothing of caches and little of time; they say whether the
-compiler still makes the same loops of the sources.
+``--update`` keeps the new ones. The kernels are those of AVX2, because valgrind knows no AVX-512. Each is run on one
+tile of 32 rows and on one of 64 (``bench/instructions.cpp``): the difference of the two counts leaves out what a call
+costs, and is divided by the difference of the elements. Counts say nothing of caches and little of time; they say
+whether the compiler still makes the same loops of the sources.
 
 The linear ops and the convolutions add a library's product to the kernels that are counted here.
 """
@@ -173,7 +173,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.instructions",
         description=(__doc__ or "").splitlines()[0],
-        epilog=f"Exit status: 1 when a kernel takes more than {BOUND} times its kept figure, 2 when nothing can be counted.",
+        epilog=f"Exit status: 1 when a kernel takes more than {BOUND} times its kept figure, 2 when none was counted.",
     )
     parser.add_argument("--update", action="store_true", help="keep the new figures instead of comparing with the old")
     arguments = parser.parse_args()
