@@ -72,8 +72,8 @@ def _overhead(op: str, stage: str) -> Callable[[Results], float | None]:
 
 def _memory(op: str) -> Callable[[Results], float | None]:
     def measured(results: Results) -> float | None:
-        comparison = _at_main_size(results, op, "memory")
-        if comparison is None:
+        comparison = _at_main_size(results, op, "both")
+        if comparison is None or not {"fused", "eager"} <= comparison.peak_bytes.keys():
             return None
         return comparison.peak_bytes["fused"] / comparison.peak_bytes["eager"]
 
@@ -106,7 +106,7 @@ def _worst_layer(stage: str, numerator: str, denominator: str, largest: bool) ->
         layers = [
             comparison.ratio(numerator, denominator)
             for (op, _, a_stage), comparison in results.items()
-            if (op, a_stage) == ("polynomial_conv2d", stage)
+            if (op, a_stage) == ("polynomial_conv2d", stage) and comparison.sweep is None
         ]
         ratios = [ratio for ratio in layers if ratio is not None]
         return (max(ratios) if largest else min(ratios)) if ratios else None

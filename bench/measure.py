@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from bench.providers import Provider
+from bench.providers import COPIES, Provider
 
 MINIMUM_ROUNDS = 5
 MAXIMUM_ROUNDS = 60
@@ -24,11 +25,11 @@ class Timing:
     """The time of one call, over the rounds of a run, in seconds.
 
     Attributes:
-        median: over the rounds of every repetition of the run.
+        median: over the rounds; of a repeated run the median of the repetitions' medians.
         lower_quartile: likewise.
         upper_quartile: likewise.
-        rounds: how many calls were timed.
-        run_medians: the median of each repetition of the run, where it was repeated.
+        rounds: how many calls were timed, in all repetitions.
+        run_medians: the median of each repetition, where the run was repeated.
     """
 
     median: float
@@ -78,7 +79,7 @@ class Comparison:
 
 
 def compare(comparison: Comparison, providers: Sequence[Provider], benchmark: Any, seconds: float) -> None:
-    """Check every provider, then time those that are right, interleaved.
+    """Check every provider, then time those that are right, interleaved; behind that their peak memory.
 
     Each round runs every provider twice in a row and times the second run, which finds its own data where its own first
     run left them; a round of all providers is done before the next begins, so that a machine that slows down slows all
@@ -86,11 +87,15 @@ def compare(comparison: Comparison, providers: Sequence[Provider], benchmark: An
 
     Args:
         comparison: takes the results.
-        providers: the fused one last. One that raises or is wrong gets no timing.
+        providers: the fused one last. One that is missing, raises or is wrong gets no timing.
         benchmark: the fixture of pytest-benchmark.
         seconds: about how long to measure.
     """
-    right = [provider for provider in providers if _is_right(provider, comparison)]
+    for provider in providers:
+        if provider.missing_because is not None:
+            comparison.skipped[provider.name] = provider.missing_because
+    here = [provider for provider in providers if provider.missing_because is None]
+    right = [provider for provider in here if _is_right(provider, comparison)]
     if providers[-1] not in right:
         raise AssertionError(f"{providers[-1].name}: {comparison.failures[providers[-1].name]}")
     *others, last = right
@@ -116,6 +121,10 @@ def compare(comparison: Comparison, providers: Sequence[Provider], benchmark: An
     samples[last.name] = list(benchmark.stats.stats.data)
     comparison.timings = {name: _timing(values) for name, values in samples.items()}
     benchmark.extra_info.update({name: timing.median for name, timing in comparison.timings.items()})
+    if comparison.stage == "both" and comparison.sweep is None:
+        for provider in right:
+            if provider.name not in COPIES:
+                comparison.peak_bytes[provider.name] = peak_allocation(partial(provider.run, provider.prepare()))
 
 
 def peak_allocation(work: Callable[[], Any]) -> int:
@@ -144,6 +153,31 @@ def _is_right(provider: Provider, comparison: Comparison) -> bool:
 
 def _warm(provider: Provider) -> None:
     provider.run(provider.prepare())
+
+
+def merged(repetitions: Sequence[Comparison]) -> Comparison:
+    """Of one comparison in each repetition of a run: medians of the times, the largest memory, every failure."""
+    first = repetitions[0]
+    together = replace(first, timings={}, failures={}, skipped={}, peak_bytes={})
+    for one in repetitions:
+        together.failures.update(one.failures)
+        together.skipped.update(one.skipped)
+        for name, size in one.peak_bytes.items():
+            together.peak_bytes[name] = max(size, together.peak_bytes.get(name, 0))
+    for name in dict.fromkeys(name for one in repetitions for name in one.timings):
+        # A provider that was wrong once gets no figure.
+        if name in together.failures:
+            continue
+        timings = [one.timings[name] for one in repetitions if name in one.timings]
+        medians = tuple(timing.median for timing in timings)
+        together.timings[name] = Timing(
+            statistics.median(medians),
+            statistics.median(timing.lower_quartile for timing in timings),
+            statistics.median(timing.upper_quartile for timing in timings),
+            sum(timing.rounds for timing in timings),
+            medians,
+        )
+    return together
 
 
 def _timing(samples: list[float]) -> Timing:
