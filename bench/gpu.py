@@ -28,7 +28,6 @@ from torch import Tensor
 
 import chainzrule_kernels as ck
 from bench import record, workloads
-from bench.measure import Comparison, Timing
 from bench.peers import LIGER_POLY_NORM, LIGER_RELU_SQUARED, TORCHORTHO_HERMITE, Peer
 from chainzrule_kernels.ops import _launch
 
@@ -274,14 +273,8 @@ class Result:
     bytes: int
     operations: int | None = None
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    replays: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-
-    def add(self, provider: str, replays: Sequence[float]) -> None:
-        """The times of a call in the replays of one run."""
-        self.seconds.setdefault(provider, []).append(statistics.median(replays))
-        self.replays.setdefault(provider, []).extend(replays)
 
     def median(self, provider: str) -> float | None:
         """The mean of the runs' medians."""
@@ -297,26 +290,6 @@ class Result:
         """How far the runs of the fused kernels lie apart, as a fraction."""
         runs = self.seconds.get("fused", [])
         return (max(runs) - min(runs)) / min(runs) if len(runs) > 1 else None
-
-    def as_comparison(self) -> Comparison:
-        """The same, as the benchmarks of the CPU record it. A provider that has failed once has no figure."""
-        op, _, label = self.work.partition(", ")
-        timings = {}
-        for name, replays in self.replays.items():
-            if name not in self.failures:
-                lower, _, upper = statistics.quantiles(replays, n=4)
-                medians = tuple(self.seconds[name])
-                timings[name] = Timing(statistics.mean(medians), lower, upper, len(replays), medians)
-        return Comparison(
-            op,
-            label,
-            self.stage,
-            bytes=self.bytes or None,
-            operations=self.operations,
-            timings=timings,
-            failures=self.failures,
-            skipped=self.skipped,
-        )
 
 
 STAGES = ("forward", "backward", "both")
@@ -361,7 +334,7 @@ def measure(work: Work, results: dict[tuple[str, str], Result]) -> None:
         operations = _operations(work, stage, sets[0])
         result = results.setdefault(key, Result(*key, moved, operations, skipped=skipped))
         if moved and "copy" in work.compare:
-            result.add("copy", _copy_seconds(moved))
+            result.seconds.setdefault("copy", []).append(_copy_seconds(moved))
         for one in candidates:
             name = one.name
             try:
@@ -371,7 +344,7 @@ def measure(work: Work, results: dict[tuple[str, str], Result]) -> None:
                 elif name in results[work.name, "forward"].failures:
                     result.failures[name] = results[work.name, "forward"].failures[name]
                     continue
-                result.add(name, _graph_seconds(one.function, one.sets, stage))
+                result.seconds.setdefault(name, []).append(_graph_seconds(one.function, one.sets, stage))
             except Exception as error:
                 result.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -417,7 +390,7 @@ def measure_convolution(work: ConvolutionWork, results: dict[tuple[str, str], Re
             error = ((found.double() - exact).abs().max() / exact.abs().max()).item()
             if name != "F.conv2d" and not error <= TOLERANCE[work.dtype]:
                 raise AssertionError(f"it differs from float64 by {error:.2g} of the largest value")
-            result.add(name, _graph_seconds(provider, sets, "forward"))
+            result.seconds.setdefault(name, []).append(_graph_seconds(provider, sets, "forward"))
         except Exception as error:
             result.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -528,8 +501,8 @@ def _check(work: Work, candidate: Candidate) -> None:
             raise AssertionError(f"result {index} differs from float64 by {error:.2g} of its largest value")
 
 
-def _graph_seconds(function: Callable[..., Any], sets: Sequence[Sequence[Any]], stage: str) -> list[float]:
-    """The times of one call, from replays of a graph that calls once with every set."""
+def _graph_seconds(function: Callable[..., Any], sets: Sequence[Sequence[Any]], stage: str) -> float:
+    """The median time of one call, from replays of a graph that calls once with every set."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -561,11 +534,11 @@ def _graph_seconds(function: Callable[..., Any], sets: Sequence[Sequence[Any]], 
     with torch.cuda.graph(graph, stream=stream):
         for index in range(len(sets)):
             call(index)
-    return [seconds / len(sets) for seconds in _replayed(graph)]
+    return _replayed(graph) / len(sets)
 
 
-def _copy_seconds(moved: int) -> list[float]:
-    """The times of a copy that reads and writes this many bytes in all, beyond the cache like everything else."""
+def _copy_seconds(moved: int) -> float:
+    """A copy that reads and writes this many bytes in all, beyond the cache like everything else."""
     elements = moved // 2
     count = max(2, 1 + -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // moved))
     pairs = [
@@ -582,11 +555,11 @@ def _copy_seconds(moved: int) -> list[float]:
     with torch.cuda.graph(graph):
         for source, target in pairs:
             target.copy_(source)
-    return [seconds / count for seconds in _replayed(graph)]
+    return _replayed(graph) / count
 
 
-def _replayed(graph: torch.cuda.CUDAGraph) -> list[float]:
-    """The time of each replay."""
+def _replayed(graph: torch.cuda.CUDAGraph) -> float:
+    """The median time of a replay."""
     times = []
     for _ in range(REPLAYS + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -595,7 +568,7 @@ def _replayed(graph: torch.cuda.CUDAGraph) -> list[float]:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return times[3:]
+    return statistics.median(times[3:])
 
 
 def call_overhead() -> dict[str, float]:
@@ -713,7 +686,7 @@ def as_json(
     copied: float,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Everything about a run, in the form of :func:`bench.record.as_json`."""
+    """Everything about a run."""
     import triton
 
     return {
@@ -721,23 +694,23 @@ def as_json(
         "machine": machine(),
         "versions": {**record.versions(), "triton": triton.__version__},
         "quick": quick,
+        "copy_gigabytes_per_second": copied,
         "bounds": [
-            {
-                "what": what,
-                "limit": limit,
-                "sense": {">=": "at least", "<=": "at most"}[sense],
-                "unit": "us" if "in us" in what else "x",
-                "measured": measured,
-                "met": None if measured is None else _is_met(sense, limit, measured),
-                "reason": "",
-            }
+            {"what": what, "sense": sense, "limit": limit, "measured": measured}
             for what, sense, limit, measured in bounds(results, overhead, peaks)
         ],
-        "comparisons": [asdict(result.as_comparison()) for result in results.values()],
-        "errors": {},
-        "copy_gigabytes_per_second": copied,
         "call_overhead_us": overhead,
         "peak_bytes": peaks,
+        "results": [
+            {
+                **asdict(result),
+                "gigabytes_per_second": _rate(result),
+                "of_copy": result.ratio("copy"),
+                "spread": result.spread,
+            }
+            for result in results.values()
+        ],
+        "errors": {},
     }
 
 
@@ -817,7 +790,7 @@ def run(chosen: Callable[[str], bool], repetitions: int = 2, quick: bool = False
             torch.cuda.empty_cache()
     overhead, peaks = call_overhead(), peak_memory()
     gibibyte = 1 << 30
-    copied = 2 * gibibyte / statistics.median(_copy_seconds(2 * gibibyte)) / 1e9
+    copied = 2 * gibibyte / _copy_seconds(2 * gibibyte) / 1e9
     return Measured(results, overhead, peaks, copied, quick)
 
 

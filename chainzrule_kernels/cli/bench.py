@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         return _compare(*arguments.compare)
 
-    from bench import suites
+    from bench import record, suites
 
     available = suites.available()
     if arguments.list:
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         return NOT_AVAILABLE
     content = _measured(arguments, names)
     if arguments.json != "-":
-        _print(content, whole=arguments.suite is None)
+        record.show(content, whole=arguments.suite is None)
     for name, error in content["errors"].items():
         print(f"bench: {name} broke off: {error}", file=sys.stderr)
     _keep(arguments, content)
@@ -131,10 +131,7 @@ def _measured(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]
         with _progress() as one:
             suites.run(names, arguments.quick, one)
         return record.as_json(one.results, arguments.quick, one.errors)
-    contents = list(_repetitions(arguments, names))
-    errors = {name: error for content in contents for name, error in content["errors"].items()}
-    results = record.merged([record.comparisons(content) for content in contents])
-    return record.as_json(results, arguments.quick, errors)
+    return record.merged(_repetitions(arguments, names))
 
 
 def _repetitions(arguments: argparse.Namespace, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -188,22 +185,9 @@ def _compare(before: Path, after: Path) -> int:
 
 def _is_wrong(content: Mapping[str, Any]) -> bool:
     """Whether an answer of this package was wrong."""
-    return any("fused" in comparison["failures"] for comparison in content["comparisons"])
+    from bench import reading
 
-
-def _print(content: Mapping[str, Any], whole: bool) -> None:
-    from bench import record
-
-    tables = record.tables(record.comparisons(content))
-    for table in (*tables, record.bounds_table(content["bounds"], whole)):
-        if not table.rows:
-            continue
-        print_table(table.title, table.columns, table.rows)
-        for note in table.notes:
-            print(f"  {note}")
-        print()
-    if content["quick"]:
-        print(record.QUICK)
+    return any(set(reading.OURS) & comparison.failures.keys() for comparison in reading.read(content).comparisons)
 
 
 @contextmanager
