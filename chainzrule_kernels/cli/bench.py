@@ -33,7 +33,7 @@ _REPOSITORY = Path(ck.__file__).resolve().parents[1]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``bench``."""
-    parser.add_argument("--suite", action="append", metavar="NAME", help="only this suite; may be repeated")
+    parser.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="only these suites")
     parser.add_argument("--list", action="store_true", help="print the names of the suites and do nothing else")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; keeps nothing")
@@ -137,7 +137,7 @@ def _measured(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]
 def _repetitions(arguments: argparse.Namespace, names: list[str]) -> Iterator[dict[str, Any]]:
     """The same run several times, each in a new process: what differs from process to process belongs to the noise."""
     command = [sys.executable, "-m", "chainzrule_kernels", "bench"]
-    command += [word for name in names for word in ("--suite", name)] + (["--quick"] if arguments.quick else [])
+    command += ["--suite", *names] + (["--quick"] if arguments.quick else [])
     with tempfile.TemporaryDirectory() as folder:
         for repetition in range(arguments.repeat):
             path = Path(folder) / f"{repetition}.json"
@@ -161,8 +161,13 @@ def _keep(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
         print(f"written to {record.write(content, history)}", file=messages)
     rows = arguments.csv or (None if history is None else history / "measurements.csv")
     if rows is not None:
-        table.append(content, rows)
-        print(f"rows appended to {rows}", file=messages)
+        try:
+            table.append(content, rows)
+        except ValueError as error:
+            # The measurements are made and written already.
+            print(f"bench: no rows appended: {error}", file=sys.stderr)
+        else:
+            print(f"rows appended to {rows}", file=messages)
     if arguments.report is not None:
         from bench import report
 
