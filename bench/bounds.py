@@ -14,6 +14,9 @@ Results = Mapping[tuple[str, str, str], Comparison]
 OVERHEAD_CALLS = 1000
 """How many calls a timing of the call overhead comprises."""
 
+OVERHEAD_LABEL = "1x64"
+"""What they are called with."""
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -61,7 +64,7 @@ def _ratio(
 
 def _overhead(op: str, stage: str) -> Callable[[Results], float | None]:
     def microseconds(results: Results) -> float | None:
-        comparison = results.get((op, "1x64", stage))
+        comparison = results.get((op, OVERHEAD_LABEL, stage))
         if comparison is None or not {"fused", "F.gelu"} <= comparison.timings.keys():
             return None
         seconds = comparison.timings["fused"].median - comparison.timings["F.gelu"].median

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 import chainzrule_kernels as ck
 from bench import measure, reading
-from bench.bounds import BOUNDS, Results
+from bench.bounds import BOUNDS, OVERHEAD_CALLS, OVERHEAD_LABEL, Results
 from bench.measure import Comparison
 from bench.providers import COPIES
 from bench.reading import Promise
@@ -117,9 +117,15 @@ class Table:
 
 
 def tables(comparisons: Sequence[Comparison]) -> list[Table]:
-    """What was measured of each op."""
-    ops = dict.fromkeys(comparison.op for comparison in comparisons)
-    return [_table(op, [comparison for comparison in comparisons if comparison.op == op]) for op in ops]
+    """What was measured of each op, and of calls with next to nothing to compute."""
+    groups: dict[str, list[Comparison]] = {}
+    for one in comparisons:
+        if one.label == OVERHEAD_LABEL:
+            calls = replace(one, label=one.op)
+            groups.setdefault(f"{OVERHEAD_CALLS} calls at {OVERHEAD_LABEL}", []).append(calls)
+        else:
+            groups.setdefault(one.op, []).append(one)
+    return [_table(title, group) for title, group in groups.items()]
 
 
 def promises_table(promises: Sequence[Promise], whole: bool) -> Table:
@@ -137,7 +143,7 @@ def promises_table(promises: Sequence[Promise], whole: bool) -> Table:
     return Table("What is promised", ("bound", "limit", "measured", ""), tuple(rows), tuple(notes))
 
 
-def _table(op: str, comparisons: Sequence[Comparison]) -> Table:
+def _table(title: str, comparisons: Sequence[Comparison]) -> Table:
     names = dict.fromkeys(name for one in comparisons for name in (*one.timings, *one.failures, *one.skipped))
     # The copies first, the fused kernels last, as they are measured.
     providers = sorted(names, key=lambda name: (name == "fused", name not in COPIES))
@@ -162,7 +168,7 @@ def _table(op: str, comparisons: Sequence[Comparison]) -> Table:
         for name, why in one.failures.items():
             reasons[f"{name}: FAILED at {one.label}, {one.stage}, no figure: {why}"] = None
     columns = ("arguments", "stage", *(SHORT.get(name, name) for name in providers), *figures)
-    return Table(op, columns, tuple(rows), tuple(reasons))
+    return Table(title, columns, tuple(rows), tuple(reasons))
 
 
 def show(content: Mapping[str, Any], whole: bool) -> None:
