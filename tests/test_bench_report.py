@@ -162,6 +162,8 @@ def test_report_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
     assert len(page.names) == len(set(page.names))
     assert all(address.startswith("#") and address[1:] in page.names for address in page.addresses)
     assert "<script" not in content
+    # What a template prints of an object that it was not meant for.
+    assert "object at 0x" not in page.text
     assert "@import" not in content
     for said in (
         "A <fast> processor & more",
