@@ -137,9 +137,9 @@ def test_over_depths(compare: Callable[..., None], shrunk: Callable[[Size], Size
     compare(comparison, providers_of(example, only_dreg(penalties)))
 
 
-@pytest.mark.parametrize("size", BATCHES, ids=str)
-def test_over_batches(compare: Callable[..., None], shrunk: Callable[[Size], Size], size: Size) -> None:
-    size = shrunk(size)
+@pytest.mark.parametrize("point", BATCHES, ids=str)
+def test_over_batches(compare: Callable[..., None], shrunk: Callable[[Size], Size], point: Size) -> None:
+    size = shrunk(point)
     example, penalties = example_and_penalties("ChainzRule", size)
     comparison = measure.Comparison("training step", str(size), "both", sweep=size.sweep, position=size.position)
     compare(comparison, providers_of(example, only_dreg(penalties)))

@@ -106,10 +106,6 @@ def remember(request: pytest.FixtureRequest) -> Callable[[measure.Comparison], N
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     results = config.stash[RESULTS]
-    if not results:
-        return
-    terminalreporter.section("benchmarks")
-    for line in record.lines(results):
-        terminalreporter.write_line(line)
-    if config.getoption("quick"):
-        terminalreporter.write_line(f"\n{record.QUICK}")
+    if results:
+        terminalreporter.section("benchmarks")
+        record.show(record.as_json(results, config.getoption("quick")), whole=False)

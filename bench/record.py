@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,15 @@ from typing import Any
 import torch
 
 import chainzrule_kernels as ck
-from bench import measure
+from bench import measure, reading
 from bench.bounds import BOUNDS, Results
-from bench.measure import Comparison, Timing
+from bench.measure import Comparison
 from bench.providers import COPIES
-from chainzrule_kernels.cli.output import plain_table
+from bench.reading import Promise
+from chainzrule_kernels.cli.output import print_table
 
 SHORT = {"copy into a new buffer": "new copy"}
 """Providers by a name that fits a column."""
-
-QUICK = "Tiny sizes: these figures say only that everything runs."
 
 
 def machine() -> dict[str, Any]:
@@ -83,31 +82,28 @@ def bounds(results: Results) -> list[dict[str, Any]]:
 
 
 def write(content: Mapping[str, Any], folder: Path) -> Path:
-    """Write the JSON file of a run into a folder, named after the machine and the date."""
-    name = re.sub(r"[^a-z0-9]+", "-", content["machine"]["processor"].lower()).strip("-")
+    """Write the JSON file of a run into a folder, named after what was measured and the date."""
+    machine = content["machine"]
+    device = machine.get("gpu") or f"{machine['processor']}-{machine['threads']}-threads"
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     date = content["date"].replace(":", "").split("+")[0]
-    path = folder / f"{name}-{content['machine']['threads']}-threads-{date}.json"
+    path = folder / f"{name}-{date}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 
 
-def merged(repetitions: Sequence[Results]) -> dict[tuple[str, str, str], Comparison]:
-    """The results of a run that was repeated, each comparison with the medians of its repetitions."""
-    keys = dict.fromkeys(key for results in repetitions for key in results)
-    return {key: measure.merged([results[key] for results in repetitions if key in results]) for key in keys}
-
-
-def comparisons(content: Mapping[str, Any]) -> dict[tuple[str, str, str], Comparison]:
-    """The comparisons of a JSON file; the fields that older files lack are empty."""
-    found = {}
-    for entry in content["comparisons"]:
-        timings = {
-            name: Timing(**{**timing, "run_medians": tuple(timing.get("run_medians", ()))})
-            for name, timing in entry["timings"].items()
-        }
-        found[entry["op"], entry["label"], entry["stage"]] = Comparison(**{**entry, "timings": timings})
-    return found
+def merged(contents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON files of the repetitions of a run as one, each comparison with the medians of its repetitions."""
+    repetitions: dict[tuple[str, str, str], list[Comparison]] = {}
+    errors: dict[str, str] = {}
+    quick = False
+    for content in contents:
+        errors.update(content["errors"])
+        quick = content["quick"]
+        for one in reading.read(content).comparisons:
+            repetitions.setdefault((one.op, one.label, one.stage), []).append(one)
+    return as_json({key: measure.merged(found) for key, found in repetitions.items()}, quick, errors)
 
 
 @dataclass(frozen=True)
@@ -120,33 +116,25 @@ class Table:
     notes: tuple[str, ...]
 
 
-def tables(results: Results) -> list[Table]:
+def tables(comparisons: Sequence[Comparison]) -> list[Table]:
     """What was measured of each op."""
-    ops = dict.fromkeys(comparison.op for comparison in results.values())
-    return [_table(op, [comparison for comparison in results.values() if comparison.op == op]) for op in ops]
+    ops = dict.fromkeys(comparison.op for comparison in comparisons)
+    return [_table(op, [comparison for comparison in comparisons if comparison.op == op]) for op in ops]
 
 
-def bounds_table(bounds: Sequence[Mapping[str, Any]], whole: bool) -> Table:
+def promises_table(promises: Sequence[Promise], whole: bool) -> Table:
     """The promises with what a run makes of them; of a run of some suites only those that it has measured."""
     rows, notes = [], []
-    for bound in bounds:
-        limit = f"{'>=' if bound['sense'] == 'at least' else '<='} {bound['limit']:g} {bound['unit']}"
-        if bound["measured"] is not None:
-            measured = f"{bound['measured']:.3g} {bound['unit']}"
-            rows.append((bound["what"], limit, measured, "met" if bound["met"] else "MISSED"))
+    for promise in promises:
+        limit = f"{'>=' if promise.at_least else '<='} {promise.limit:g} {promise.unit}".rstrip()
+        if promise.measured is not None:
+            measured = f"{promise.measured:.3g} {promise.unit}".rstrip()
+            rows.append((promise.what, limit, measured, "met" if promise.met else "MISSED"))
         elif whole:
-            rows.append((bound["what"], limit, "", "not measured"))
-        if bound["met"] is False and bound["reason"]:
-            notes.append(f"{bound['what']}: {bound['reason']}")
+            rows.append((promise.what, limit, "", "not measured"))
+        if promise.met is False and promise.reason:
+            notes.append(f"{promise.what}: {promise.reason}")
     return Table("What is promised", ("bound", "limit", "measured", ""), tuple(rows), tuple(notes))
-
-
-def lines(results: Results) -> Iterator[str]:
-    """Every table as plain text, the bounds last."""
-    for table in (*tables(results), bounds_table(bounds(results), whole=False)):
-        yield from plain_table(table.title, table.columns, table.rows)
-        yield from (f"  {note}" for note in table.notes)
-        yield ""
 
 
 def _table(op: str, comparisons: Sequence[Comparison]) -> Table:
@@ -177,26 +165,41 @@ def _table(op: str, comparisons: Sequence[Comparison]) -> Table:
     return Table(op, columns, tuple(rows), tuple(reasons))
 
 
+def show(content: Mapping[str, Any], whole: bool) -> None:
+    """Print a run: the table of each op, then the promises; of a run of some suites only those it has measured."""
+    run = reading.read(content)
+    for table in (*tables(run.comparisons), promises_table(run.promises, whole)):
+        if table.rows:
+            print_table(table.title, table.columns, table.rows)
+            for note in table.notes:
+                print(f"  {note}")
+            print()
+    if run.quick:
+        print("Tiny sizes: these figures say only that everything runs.")
+
+
 def _time(comparison: Comparison, provider: str) -> str:
     if provider in comparison.failures:
         return "FAILED"
     timing = comparison.timings.get(provider)
-    return "-" if timing is None else _duration(timing.median)
+    return "-" if timing is None else reading.duration(timing.median)
 
 
 def _rate(comparison: Comparison) -> str:
-    fused = comparison.timings.get("fused")
-    return f"{comparison.bytes / fused.median / 1e9:.3g}" if fused and comparison.bytes else ""
-
-
-def _of_copy(comparison: Comparison) -> str:
-    ratio = comparison.ratio("copy", "fused")
-    return "" if ratio is None else f"{100 * ratio:.0f}%"
+    return _billions(reading.rate(comparison, reading.ours(comparison) or ""))
 
 
 def _operation_rate(comparison: Comparison) -> str:
-    fused = comparison.timings.get("fused")
-    return f"{comparison.operations / fused.median / 1e9:.3g}" if fused and comparison.operations else ""
+    return _billions(reading.operations_rate(comparison, reading.ours(comparison) or ""))
+
+
+def _billions(rate: float | None) -> str:
+    return "" if rate is None else f"{rate / 1e9:.3g}"
+
+
+def _of_copy(comparison: Comparison) -> str:
+    ratio = comparison.ratio("copy", reading.ours(comparison) or "")
+    return "" if ratio is None else f"{100 * ratio:.0f}%"
 
 
 def _peak(comparison: Comparison) -> str:
@@ -204,10 +207,6 @@ def _peak(comparison: Comparison) -> str:
     if plain is None or "fused" not in comparison.peak_bytes:
         return ""
     return " / ".join(f"{comparison.peak_bytes[name] / 2**20:.3g}" for name in ("fused", plain))
-
-
-def _duration(seconds: float) -> str:
-    return f"{1e6 * seconds:.3g} us" if seconds < 1e-3 else f"{1e3 * seconds:.3g} ms"
 
 
 def _cpu_module() -> dict[str, str]:

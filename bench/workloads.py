@@ -152,29 +152,44 @@ def shared_polynomial(size: Size) -> Workload:
     return replace(shared, peers=(LIGER_POLY_NORM,))
 
 
+def relu_squared_of(op: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
+    """From ``polynomial`` to ``relu(z)²``."""
+    # Made here and not at each call: while a CUDA graph is recorded nothing may be copied to the GPU.
+    square = torch.tensor((0.0, 0.0, 1.0), device=device)
+
+    def form(z: Tensor) -> Tensor:
+        y: Tensor = op(z, square, rectified=True)
+        return y
+
+    return form
+
+
+def hermite_of(op: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
+    """From ``polynomial`` to the cubic Hermite activation of coefficients ``a``."""
+    basis = ck.coefficients.hermite(torch.eye(4, device=device))
+
+    def form(z: Tensor, a: Tensor) -> Tensor:
+        y: Tensor = op(z, basis.to(a.dtype) @ a)
+        return y
+
+    return form
+
+
 def relu_squared(size: Size) -> Workload:
     """``relu(z)²``, the rectified square, beside Liger's."""
     draw = _Draw()
     z = draw.data(size)
-
-    def form(op: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda z: op(z, z.new_tensor((0.0, 0.0, 1.0)), rectified=True)
-
     rectified = _on(size, "polynomial", "relu squared", (z,), (draw.data(size),), _floors(z))
-    return replace(rectified, form=form, peers=(LIGER_RELU_SQUARED,))
+    return replace(rectified, form=relu_squared_of, peers=(LIGER_RELU_SQUARED,))
 
 
 def hermite(size: Size) -> Workload:
     """A Hermite activation of degree 3, learnable coefficients shared by the channels, beside torchortho's."""
     draw = _Draw()
     z = draw.data(size)
-
-    def form(op: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda z, a: op(z, ck.coefficients.hermite(a))
-
     arguments = (z, ck.coefficients.hermite_start(3))
     activation = _on(size, "polynomial", "Hermite", arguments, (draw.data(size),), _floors(z))
-    return replace(activation, form=form, peers=(TORCHORTHO_HERMITE,))
+    return replace(activation, form=hermite_of, peers=(TORCHORTHO_HERMITE,))
 
 
 def polynomial_dreg(size: Size, shared: bool = False) -> Workload:
@@ -324,13 +339,13 @@ def _floors(z: Tensor) -> tuple[int, int]:
     return 2 * _bytes(z), 3 * _bytes(z)
 
 
-def _tangent_part(draw: _Draw, size: Size, z_dot: Tensor) -> tuple[tuple[Tensor, ...], int, int]:
+def _tangent_part(draw: _Draw, size: Size, z_dot: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """Gradients and floors of a tangent op: each of the ``T`` tangents counts like ``z``."""
     tangents = z_dot.shape[0]
     gradients = (draw.data(size), torch.stack([draw.data(size) for _ in range(tangents)]))
     squares = torch.stack([draw.per_row(size) for _ in range(tangents)])
     streams = (1 + tangents) * (_bytes(z_dot) // tangents)
-    return (*gradients, squares), 2 * streams, 3 * streams
+    return (*gradients, squares), (2 * streams, 3 * streams)
 
 
 def _linear_floors(x: Tensor, weight: Tensor) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ _REPOSITORY = Path(ck.__file__).resolve().parents[1]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``bench``."""
-    parser.add_argument("--suite", action="append", metavar="NAME", help="only this suite; may be repeated")
+    parser.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="only these suites")
     parser.add_argument("--list", action="store_true", help="print the names of the suites and do nothing else")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; keeps nothing")
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON, or print them without FILE"
     )
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="append a row for each figure to this file, beside those of other runs"
+    )
     parser.add_argument("--report", type=Path, metavar="DIR", help="draw the results: one HTML file in this folder")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="compare two JSON files and measure nothing"
@@ -50,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and record.
+
+    Without ``--quick`` and ``--json`` the run goes into the history: rows of ``bench/results/measurements.csv``, and a
+    JSON file beside it when every suite was run.
 
     The exit status is 0 when all was measured, 1 when an answer of this package was wrong, a measurement broke off or,
     with ``--compare``, something became slower beyond the noise, and 2 when it cannot run as asked.
@@ -61,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         return _compare(*arguments.compare)
 
-    from bench import suites
+    from bench import record, suites
 
     available = suites.available()
     if arguments.list:
@@ -75,9 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
         print("bench: --device cuda: PyTorch sees no GPU", file=sys.stderr)
         return NOT_AVAILABLE
     names = [name for name in available if arguments.suite is None or name in arguments.suite]
+    if arguments.device == "cuda" and not any(_is_on_gpu(name) for name in names):
+        print(f"bench: --device cuda: nothing is measured there of {', '.join(names)}", file=sys.stderr)
+        return NOT_AVAILABLE
     content = _measured(arguments, names)
     if arguments.json != "-":
-        _print(content, whole=arguments.suite is None)
+        record.show(content, whole=arguments.suite is None)
     for name, error in content["errors"].items():
         print(f"bench: {name} broke off: {error}", file=sys.stderr)
     _keep(arguments, content)
@@ -102,52 +112,87 @@ def _missing_because() -> str | None:
     return None
 
 
+def _is_on_gpu(suite: str) -> bool:
+    from bench import gpu
+
+    return any(name.startswith(f"{suite},") for name in gpu.names())
+
+
 def _measured(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """What a run came to, as the JSON file has it."""
     from bench import record, suites
 
+    if arguments.device == "cuda":
+        from bench import gpu
+
+        repetitions = 1 if arguments.quick else max(2, arguments.repeat)
+        return gpu.run(lambda work: work.partition(",")[0] in names, repetitions, arguments.quick).as_json()
     if arguments.repeat == 1:
         with _progress() as one:
             suites.run(names, arguments.quick, one)
         return record.as_json(one.results, arguments.quick, one.errors)
-    repetitions = list(_repetitions(arguments, names))
-    errors = {name: error for content in repetitions for name, error in content["errors"].items()}
-    results = record.merged([record.comparisons(content) for content in repetitions])
-    return record.as_json(results, arguments.quick, errors)
+    return record.merged(_repetitions(arguments, names))
 
 
 def _repetitions(arguments: argparse.Namespace, names: list[str]) -> Iterator[dict[str, Any]]:
     """The same run several times, each in a new process: what differs from process to process belongs to the noise."""
-    command = [sys.executable, "-m", "chainzrule_kernels", "bench", "--device", arguments.device]
-    command += [word for name in names for word in ("--suite", name)] + (["--quick"] if arguments.quick else [])
+    command = [sys.executable, "-m", "chainzrule_kernels", "bench"]
+    command += ["--suite", *names] + (["--quick"] if arguments.quick else [])
     with tempfile.TemporaryDirectory() as folder:
         for repetition in range(arguments.repeat):
             path = Path(folder) / f"{repetition}.json"
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            subprocess.run(
-                [*command, "--json", str(path), "--no-history"], env=environment, stdout=subprocess.DEVNULL, check=False
-            )
+            subprocess.run([*command, "--json", str(path)], env=environment, stdout=subprocess.DEVNULL, check=False)
             yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def _keep(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
+    """Write what was asked for; the messages go where the JSON object does not."""
+    from bench import record, table
+
+    messages = sys.stderr if arguments.json == "-" else sys.stdout
+    history = None if arguments.quick or arguments.json is not None else _REPOSITORY / "bench" / "results"
+    if arguments.json == "-":
+        print(json.dumps(content, indent=1))
+    elif arguments.json is not None:
+        Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {arguments.json}", file=messages)
+    elif history is not None and arguments.suite is None:
+        print(f"written to {record.write(content, history)}", file=messages)
+    rows = arguments.csv or (None if history is None else history / "measurements.csv")
+    if rows is not None:
+        try:
+            table.append(content, rows)
+        except ValueError as error:
+            # The measurements are made and written already.
+            print(f"bench: no rows appended: {error}", file=sys.stderr)
+        else:
+            print(f"rows appended to {rows}", file=messages)
+    if arguments.report is not None:
+        from bench import report
+
+        print(f"report: {report.write(content, arguments.report)}", file=messages)
+
+
+def _compare(before: Path, after: Path) -> int:
+    """Print what became of each time from one file to the other."""
+    from bench import comparison
+
+    try:
+        contents = [json.loads(path.read_text(encoding="utf-8")) for path in (before, after)]
+    except (OSError, ValueError) as error:
+        print(f"bench: --compare: {error}", file=sys.stderr)
+        return NOT_AVAILABLE
+    for line in comparison.lines(*contents):
+        print(line)
+    return FAILED if comparison.is_slower(*contents) else MEASURED
 
 
 def _is_wrong(content: Mapping[str, Any]) -> bool:
     """Whether an answer of this package was wrong."""
-    return any("fused" in comparison["failures"] for comparison in content["comparisons"])
+    from bench import reading
 
-
-def _print(content: Mapping[str, Any], whole: bool) -> None:
-    from bench import record
-
-    tables = record.tables(record.comparisons(content))
-    for table in (*tables, record.bounds_table(content["bounds"], whole)):
-        if not table.rows:
-            continue
-        print_table(table.title, table.columns, table.rows)
-        for note in table.notes:
-            print(f"  {note}")
-        print()
-    if content["quick"]:
-        print(record.QUICK)
+    return any(set(reading.OURS) & comparison.failures.keys() for comparison in reading.read(content).comparisons)
 
 
 @contextmanager

@@ -29,15 +29,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
             table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
         Console().print(table)
         return
-    print("\n".join(plain_table(title, columns, rows)))
-
-
-def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table without colours or rules."""
     widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
-    yield title
+    print(title)
     for row in (columns, *rows):
-        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def with_progress(items: Sequence[Item], description: str, quiet: bool) -> Iterator[Item]:
