@@ -37,6 +37,15 @@ MEANINGS = {
 }
 """What the names of the providers mean."""
 
+STANDING_COLUMNS = (
+    "against eager PyTorch",
+    "against torch.compile",
+    "against the fastest peer",
+    "time over the floor",
+    "peak memory",
+)
+"""What the first table says of each op, beside the time."""
+
 OVERHEAD_LABEL = "1x64"
 """The arguments of ``bench_call_overhead``, which times calls by the thousand."""
 
@@ -88,6 +97,7 @@ def render(results: Mapping[str, Any]) -> str:
     return environment.get_template("report.html").render(
         run=run,
         facts=list(_facts(run)),
+        standing_columns=STANDING_COLUMNS,
         standing=[_standing(comparisons) for comparisons in _by_op(run).values()],
         promises=[_promise(promise) for promise in run.promises],
         roofs=_roofs(run) if can_draw else [],
@@ -175,7 +185,13 @@ def _standing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """A row of the table that says where each op stands."""
     chosen = representative(comparisons)
     if chosen is None:
-        return {"op": comparisons[0].op, "label": "no figure of ours", "stage": "", "ours": "–", "cells": ["–"] * 5}
+        return {
+            "op": comparisons[0].op,
+            "label": "no figure of ours",
+            "stage": "",
+            "ours": "–",
+            "cells": ["–"] * len(STANDING_COLUMNS),
+        }
     mine = str(reading.ours(chosen))
     peers = [name for name in chosen.timings if report_charts.role(name) == "peer"]
     nearest = min(peers, key=lambda name: chosen.timings[name].median, default=None)

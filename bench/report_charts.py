@@ -223,7 +223,7 @@ def _picture(draw: Callable[[Any], None], caption: str, alternative: str, prefix
         "svg.hashsalt": prefix,
     }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.6, 3.5), layout="constrained")
         axes.grid(alpha=0.5, linewidth=0.5)
         axes.set_axisbelow(True)
         draw(axes)
