@@ -3,7 +3,7 @@
 For each comparison and provider that both files have: the ratio of the medians (after over before), an interval for it,
 and a verdict. Two things widen the interval, in quadrature on a logarithmic scale:
 
-* the spread of each figure: from the medians of the repeated runs where there are any, else the quartiles of the rounds;
+* the spread of each figure: from the medians of repeated runs where there are any, else the quartiles of the rounds;
 * the drift between the files: how far the providers that cannot have changed (:data:`YARDSTICKS`: copies of memory,
   PyTorch's own functions, eager PyTorch) differ from each other.
 
@@ -115,7 +115,8 @@ def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
         )
     yield ""
     found = changes(before, after)
-    yield f"{'op, arguments, stage':<82}{'provider':<24}{'before':>10}{'after':>10}{'ratio':>8}  {'interval':<14}verdict"
+    heading = f"{'op, arguments, stage':<82}{'provider':<24}{'before':>10}{'after':>10}{'ratio':>8}"
+    yield f"{heading}  {'interval':<14}verdict"
     for change in sorted(found, key=lambda change: change.verdict == "no change beyond noise"):
         yield (
             f"{f'{change.op}, {change.label}, {change.stage}':<82}{change.provider:<24}"
@@ -170,11 +171,16 @@ def _drifts(before: Comparison, after: Comparison) -> list[float]:
 
 
 def _drift_of_files(pairs: list[Pair]) -> tuple[float, float]:
-    """The logarithm of what the yardsticks have in common, and how far nine in ten of them stay from it."""
+    """The logarithm of what the yardsticks have in common, and how far nine in ten of them stay from it.
+
+    One or two cannot say how far they differ from each other: how far they moved at all stands in for it.
+    """
     drifts = [drift for _, before, after in pairs for drift in _drifts(before, after)]
     if not drifts:
         return 0.0, 0.0
     common = statistics.median(drifts)
+    if len(drifts) < 3:
+        return common, max(abs(drift) for drift in drifts)
     sizes = sorted(abs(drift - common) for drift in drifts)
     return common, sizes[math.ceil(0.9 * len(sizes)) - 1]
 

@@ -1,11 +1,11 @@
 """How cost grows: exponents fitted to the times along a sweep, beside those that are predicted.
 
-A time that follows ``t = a x^e`` is a line of slope ``e`` on logarithmic axes; ``e`` is fitted by least squares over the
-points of a sweep, with its standard error. The predicted exponent is the same fit of what must be done at these very
+A time that follows ``t = a x^e`` is a line of slope ``e`` on logarithmic axes; ``e`` is fitted by least squares over
+the points of a sweep, with its standard error. The predicted exponent is the same fit of what must be done at these
 points: of the floating-point operations where those bound the work, else of the bytes that must move. So with 1 to 8
-tangents, whose bytes go as ``1 + T``, it is below 1. Where a result file says neither, the sweep's own exponent
-stands in for it: time is linear in the batch, the width, the tangents and the depth; the degree, which adds arithmetic and
-no bytes, costs nothing as long as memory is the bound.
+tangents, whose bytes go as ``1 + T``, it is below 1. Where a result file says neither, the sweep's own exponent stands
+in for it: time is linear in the batch, the width, the tangents and the depth; the degree, which adds arithmetic and no
+bytes, costs nothing as long as memory is the bound.
 """
 
 from __future__ import annotations

@@ -182,7 +182,8 @@ def main() -> int:
     except UnavailableError as unavailable:
         print(f"bench.instructions: {unavailable}", file=sys.stderr)
         return 2
-    before = kept() if KEPT.exists() else {"compiler": "none", "date": "never", "instructions_per_element": {}}
+    never: dict[str, Any] = {"compiler": "none", "date": "never", "instructions_per_element": {}}
+    before = kept() if KEPT.exists() else never
     print(f"now: {now['compiler']}, {now['instruction_set']}; kept: {before['compiler']}, {before['date']}")
     print(f"{'kernel':<58}{'stage':<10}{'now':>9}{'kept':>9}{'ratio':>8}")
     grown = False

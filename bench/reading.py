@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from bench.measure import Comparison, Timing
+from bench.providers import COPIES
 
 OURS = ("fused", "auto", "one kernel", "two kernels")
 """The providers that this package is: the fused op, and on a GPU what the rule chose of the ways to a linear op."""
@@ -105,9 +106,14 @@ def rate(comparison: Comparison, provider: str) -> float | None:
 
 
 def operations_rate(comparison: Comparison, provider: str) -> float | None:
-    """Floating-point operations per second; None where they are not what bounds the work, or there is no time."""
+    """Floating-point operations per second; None where they are not what bounds the work, or there is no time.
+
+    Copies compute nothing.
+    """
     timing = comparison.timings.get(provider)
-    return comparison.operations / timing.median if timing and timing.median and comparison.operations else None
+    if timing is None or not timing.median or not comparison.operations or provider in COPIES:
+        return None
+    return comparison.operations / timing.median
 
 
 def ours(comparison: Comparison) -> str | None:

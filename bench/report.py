@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import growth, instructions, reading, report_charts
+from bench.bounds import OVERHEAD_CALLS
 from bench.measure import Comparison, Timing
 
 MEANINGS = {
@@ -36,6 +37,18 @@ MEANINGS = {
 }
 """What the names of the providers mean."""
 
+STANDING_COLUMNS = (
+    "against eager PyTorch",
+    "against torch.compile",
+    "against the fastest peer",
+    "time over the floor",
+    "peak memory",
+)
+"""What the first table says of each op, beside the time."""
+
+OVERHEAD_LABEL = "1x64"
+"""The arguments of ``bench_call_overhead``, which times calls by the thousand."""
+
 STAGES = {
     "forward": "forward",
     "backward": "backward",
@@ -46,9 +59,6 @@ STAGES = {
     "memory, both": "forward + backward",
 }
 """Stages in words; those of old files that measured memory alone among them."""
-
-YARDSTICKS = ("copy", "library")
-"""Roles of providers that do less than the op: bounds for it, not competitors."""
 
 
 def write(results: Mapping[str, Any], folder: Path) -> Path:
@@ -87,12 +97,12 @@ def render(results: Mapping[str, Any]) -> str:
     return environment.get_template("report.html").render(
         run=run,
         facts=list(_facts(run)),
+        standing_columns=STANDING_COLUMNS,
         standing=[_standing(comparisons) for comparisons in _by_op(run).values()],
         promises=[_promise(promise) for promise in run.promises],
         roofs=_roofs(run) if can_draw else [],
         ops=[_section(op, comparisons, growths, can_draw) for op, comparisons in _by_op(run).items()],
-        growths=growths,
-        exponent=growth.exponent_text,
+        growths=_growth_rows(growths),
         counts=_instruction_counts(),
         missing=list(_missing(run, results, can_draw)),
         meanings={name: MEANINGS[name] for name in MEANINGS if name in _everyone(run)},
@@ -118,7 +128,11 @@ def _facts(run: reading.Run) -> Iterator[tuple[str, str]]:
     if run.threads:
         yield "threads", str(run.threads)
     module = run.machine.get("cpu_module") or {}
-    for key, name in (("instruction_set", "instruction set"), ("compiler", "compiler"), ("missing because", "no module")):
+    for key, name in (
+        ("instruction_set", "instruction set"),
+        ("compiler", "compiler"),
+        ("missing because", "no module"),
+    ):
         if key in module:
             yield name, str(module[key])
     for key in ("driver", "cuda", "hip"):
@@ -139,6 +153,10 @@ def _promise(promise: reading.Promise) -> dict[str, str]:
         "mark": {"met": "✓", "missed": "✗", "not measured": "–"}[verdict],
         "reason": promise.reason if verdict == "missed" else "",
     }
+
+
+def _duration(seconds: float) -> str:
+    return reading.duration(seconds).replace(" us", " µs")
 
 
 def _unit(unit: str) -> str:
@@ -167,7 +185,13 @@ def _standing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """A row of the table that says where each op stands."""
     chosen = representative(comparisons)
     if chosen is None:
-        return {"op": comparisons[0].op, "label": "no figure of ours", "stage": "", "ours": "–", "cells": ["–"] * 5}
+        return {
+            "op": comparisons[0].op,
+            "label": "no figure of ours",
+            "stage": "",
+            "ours": "–",
+            "cells": ["–"] * len(STANDING_COLUMNS),
+        }
     mine = str(reading.ours(chosen))
     peers = [name for name in chosen.timings if report_charts.role(name) == "peer"]
     nearest = min(peers, key=lambda name: chosen.timings[name].median, default=None)
@@ -175,7 +199,7 @@ def _standing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "op": chosen.op,
         "label": chosen.label,
         "stage": STAGES.get(chosen.stage, chosen.stage),
-        "ours": reading.duration(chosen.timings[mine].median),
+        "ours": _duration(chosen.timings[mine].median),
         "cells": [
             _against(chosen, "eager" if "eager" in chosen.timings else "plain"),
             _against(chosen, "compile"),
@@ -204,11 +228,16 @@ def _faster(mine: Timing, other: Timing) -> str:
 
 def _over_floor(comparison: Comparison, mine: str) -> str:
     """The time over that of the library's product where the op contains one, else over the copy of the same bytes."""
-    library = next((name for name in comparison.timings if report_charts.role(name) == "library"), None)
-    floor = library or ("copy" if "copy" in comparison.timings else None)
+    floor = _floor(comparison)
     if floor is None:
         return "–"
     return f"{comparison.timings[mine].median / comparison.timings[floor].median:.3g}× {floor}"
+
+
+def _floor(comparison: Comparison) -> str | None:
+    """The provider that does what no implementation can leave out; None where it was not measured."""
+    library = next((name for name in comparison.timings if report_charts.role(name) == "library"), None)
+    return library or ("copy" if "copy" in comparison.timings else None)
 
 
 def _memory_share(comparisons: Sequence[Comparison], chosen: Comparison) -> str:
@@ -245,14 +274,16 @@ def _section(
 def _sentence(chosen: Comparison) -> str:
     mine = str(reading.ours(chosen))
     said = [f"{STAGES.get(chosen.stage, chosen.stage).capitalize()} at {chosen.label} takes "]
-    said.append(reading.duration(chosen.timings[mine].median))
+    said.append(_duration(chosen.timings[mine].median))
     for name in chosen.timings:
         if report_charts.role(name) in ("eager", "compile", "peer"):
             title = {"compile": "torch.compile", "eager": "eager PyTorch", "plain": "the plain modules"}.get(name, name)
             said.append(f"; against {title}: {_faster(chosen.timings[mine], chosen.timings[name])}")
-    floor = _over_floor(chosen, mine)
-    if floor != "–":
-        said.append(f"; {floor.replace('× ', ' times as long as ')} alone")
+    floor = _floor(chosen)
+    if floor:
+        ratio = chosen.timings[mine].median / chosen.timings[floor].median
+        alone = {"copy": "a copy of the bytes that must move", "without DREG": "the same step without DREG"}
+        said.append(f"; {ratio:.3g} times as long as {alone.get(floor, f'{floor} alone')}")
     return "".join(said) + "."
 
 
@@ -263,7 +294,7 @@ def _panel(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     scale = _Decades([timing.median for timing in times], max((timing.upper_quartile for timing in times), default=1.0))
     return {
         "label": comparisons[0].label,
-        "model": next((comparison.model for comparison in comparisons if comparison.model), None),
+        "model": _about(comparisons),
         "stages": [
             {
                 "name": STAGES.get(comparison.stage, comparison.stage),
@@ -284,6 +315,12 @@ def _panel(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
+def _about(comparisons: Sequence[Comparison]) -> str | None:
+    if comparisons[0].label == OVERHEAD_LABEL:
+        return f"{OVERHEAD_CALLS} calls at a time, of next to no work: what a call costs"
+    return next((comparison.model for comparison in comparisons if comparison.model), None)
+
+
 class _Decades:
     """A logarithmic scale from a power of ten below the values to the largest one, in per cent of a bar's room."""
 
@@ -299,7 +336,7 @@ class _Decades:
 
     def ticks(self) -> list[tuple[float, str]]:
         decades = range(self.start, math.floor(self.start + self.width) + 1)
-        return [(self.place(10.0**decade), reading.duration(10.0**decade)) for decade in decades]
+        return [(self.place(10.0**decade), _duration(10.0**decade)) for decade in decades]
 
 
 def _without_figures_last(comparison: Comparison) -> list[str]:
@@ -312,7 +349,7 @@ def _time_bar(comparison: Comparison, provider: str, scale: _Decades) -> dict[st
     if timing is None:
         return {**bar, "text": _why_none(comparison, provider)}
     low, high = scale.place(timing.lower_quartile), scale.place(timing.upper_quartile)
-    text = reading.duration(timing.median)
+    text = _duration(timing.median)
     moved = reading.rate(comparison, provider)
     if moved:
         text += f" · {moved / 1e9:.3g} GB/s"
@@ -342,12 +379,12 @@ def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
         moved, computed = reading.rate(comparison, provider), reading.operations_rate(comparison, provider)
         of_copy = comparison.ratio("copy", provider)
         peak = comparison.peak_bytes.get(provider)
-        spread = timing and f"{reading.duration(timing.lower_quartile)} to {reading.duration(timing.upper_quartile)}"
+        spread = timing and f"{_duration(timing.lower_quartile)} to {_duration(timing.upper_quartile)}"
         yield {
             **row,
             "why": None,
             "figures": [
-                reading.duration(timing.median) if timing else "",
+                _duration(timing.median) if timing else "",
                 spread or "",
                 str(timing.rounds) if timing else "",
                 f"{moved / 1e9:.3g}" if moved else "",
@@ -364,7 +401,7 @@ def _sweeps(op: str, growths: Sequence[growth.Growth]) -> list[list[growth.Growt
     for one in growths:
         if one.op == op:
             sweeps.setdefault((one.sweep, one.stage), []).append(one)
-    latest = {sweep: stage for sweep, stage in sweeps}
+    latest = dict(sweeps.keys())
     return [sweeps[sweep, stage] for sweep, stage in latest.items()]
 
 
@@ -374,6 +411,20 @@ def _sweeps(op: str, growths: Sequence[growth.Growth]) -> list[list[growth.Growt
 def _roofs(run: reading.Run) -> list[report_charts.Picture]:
     drawn = [report_charts.bandwidth(run.comparisons), report_charts.over_intensity(run.comparisons)]
     return [picture for picture in drawn if picture]
+
+
+def _growth_rows(growths: Sequence[growth.Growth]) -> list[dict[str, Any]]:
+    """A row for each op, stage and sweep."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for one in growths:
+        key = (one.op, one.stage, one.sweep)
+        extent = f"{one.sweep}, {one.positions[0]:g} to {one.positions[-1]:g}"
+        row = rows.setdefault(key, {"what": f"{one.op}, {STAGES.get(one.stage, one.stage)}", "sweep": extent})
+        kind = report_charts.role(one.provider)
+        row.setdefault(kind, growth.exponent_text(one))
+        if kind == "ours":
+            row["predicted"] = "–" if one.predicted is None else f"{one.predicted:.2f}"
+    return [row for row in rows.values() if "ours" in row]
 
 
 def _instruction_counts() -> dict[str, Any] | None:

@@ -1,10 +1,11 @@
-"""The report's pictures, as SVG to be put into an HTML page, with colours that follow the page's light or dark theme."""
+"""The report's pictures: SVG to be put into an HTML page, in colours that follow the page's light or dark theme."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from bench import reading, roofline
 from bench.growth import Growth
 from bench.measure import Comparison
 
-# As in the demo's picture: eager PyTorch blue, torch.compile orange, this package green (Okabe and Ito). What serves as a
-# yardstick is grey or pink, other people's work vermilion. Shapes tell the same, for eyes and printers without colours.
+# As in the demo's picture: eager PyTorch blue, torch.compile orange, this package green (Okabe and Ito). What serves as
+# a yardstick is grey or pink, other people's work vermilion. Shapes say the same to eyes and printers without colours.
 _STYLES = {
     "fused": ("ours", "o"),
     "auto": ("ours", "o"),
@@ -30,6 +31,8 @@ _STYLES = {
     "F.gelu": ("library", "D"),
     "without DREG": ("library", "D"),
 }
+_COPY_SIZES = {"up to 1 MiB": 1 << 20, "up to 32 MiB": 1 << 25}
+_LARGEST_COPIES = "above 32 MiB"
 _ROLES = ("ours", "eager", "compile", "copy", "library", "peer", "ink", "line")
 
 
@@ -55,24 +58,31 @@ class Picture:
 
 def bandwidth(comparisons: Sequence[Comparison]) -> Picture | None:
     """Bytes per second over the bytes that must move: the copy is the roof, which falls where caches end."""
-    points = _points(comparisons, lambda comparison: comparison.bytes)
+    # Where operations bound the work, bandwidth says nothing.
+    points = _points([one for one in comparisons if not one.operations], lambda comparison: comparison.bytes)
     if not points.get("copy"):
         return None
+    copies: dict[float, list[float]] = {}
+    for moved, value in points["copy"]:
+        copies.setdefault(moved, []).append(value)
+    sizes = sorted(copies)
 
     def draw(axes: Any) -> None:
-        roof = sorted(points["copy"])
-        axes.plot(*zip(*roof, strict=True), color=_stand_in("copy"), linewidth=1, alpha=0.6)
+        roof = [statistics.median(copies[moved]) for moved in sizes]
+        axes.plot(sizes, roof, color=_stand_in("copy"), linewidth=1, alpha=0.6)
         for provider, places in points.items():
             axes.scatter(*zip(*places, strict=True), label=provider, **_marker(provider))
         axes.set(xscale="log", yscale="log", xlabel="bytes that must move", ylabel="GB/s of them")
-        axes.xaxis.set_major_formatter(lambda value, _: _size(value))
+        ticks = [2**power for power in range(1, 60, 3) if sizes[0] / 2 <= 2**power <= 2 * sizes[-1]]
+        axes.set_xticks(ticks, [_size(tick) for tick in ticks])
+        axes.minorticks_off()
 
     fastest = max(value for _, value in points["copy"])
     slowest = min(value for _, value in points["copy"])
     return _picture(
         draw,
-        "Bandwidth by size. Grey is a plain copy of the same bytes, measured in the same rounds: no op can be much faster "
-        "than it. It falls where the data outgrow a cache.",
+        "Bandwidth by size. Grey is a plain copy of the same bytes, measured in the same rounds: no op can be much "
+        "faster. It falls where the data outgrow a cache.",
         f"Scatter plot on logarithmic axes. The copy reaches {slowest:.3g} to {fastest:.3g} GB/s.",
         "roof",
     )
@@ -85,7 +95,12 @@ def over_intensity(comparisons: Sequence[Comparison]) -> Picture | None:
     if not points or not roofs:
         return None
     peak = max(
-        (value for comparison in comparisons for name in comparison.timings if (value := _flops(comparison, name))),
+        (
+            value
+            for comparison in comparisons
+            for name in comparison.timings
+            if (value := reading.operations_rate(comparison, name))
+        ),
         default=None,
     )
 
@@ -93,18 +108,11 @@ def over_intensity(comparisons: Sequence[Comparison]) -> Picture | None:
         for provider, places in points.items():
             if role(provider) != "copy":
                 axes.scatter(*zip(*places, strict=True), label=provider, **_marker(provider))
-        left, right = axes.get_xlim()
         lowest, highest = (bound(value for places in points.values() for value, _ in places) for bound in (min, max))
-        for name, value in roofs.items():
-            axes.axhline(value, color=_stand_in("copy"), linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                f"copy, {name}",
-                (0.99, value),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=7.5,
-            )
+        for name, dashes in zip((*_COPY_SIZES, _LARGEST_COPIES), ((1, 2), (4, 3), (9, 3)), strict=True):
+            if name in roofs:
+                style = {"color": _stand_in("copy"), "linewidth": 1.2, "linestyle": (0, dashes)}
+                axes.axhline(roofs[name], label=f"copy, {name}", **style)
         axes.set(xscale="log", yscale="log", xlabel="floating-point operations per byte", ylabel="GB/s")
         if peak:
             axes.plot(
@@ -120,9 +128,9 @@ def over_intensity(comparisons: Sequence[Comparison]) -> Picture | None:
     roofs_said = ", ".join(f"{value:.3g} GB/s at {name}" for name, value in roofs.items())
     return _picture(
         draw,
-        "Roofline. Dashed: the measured copy, by size. Sloping, where matrix products were measured: the most operations "
-        "per second that anything reached. A point near a roof has nothing left to gain there; one far below both is bound "
-        "by neither. The counts for polynomials are nominal (docs/benchmarks.md).",
+        "Roofline. Dashed: the measured copy, by size. Sloping, where matrix products were measured: the most "
+        "operations per second that anything reached. A point near a roof has nothing left to gain there; one far "
+        "below both is bound by neither. The counts for polynomials are nominal (docs/benchmarks.md).",
         f"Scatter plot on logarithmic axes of GB/s over operations per byte. Roofs: {roofs_said}.",
         "roofline",
     )
@@ -178,19 +186,9 @@ def _copy_roofs(comparisons: Sequence[Comparison]) -> dict[str, float]:
     for comparison in comparisons:
         moved = reading.rate(comparison, "copy")
         if moved and comparison.bytes:
-            name = (
-                "up to 1 MiB"
-                if comparison.bytes <= 1 << 20
-                else "to 32 MiB"
-                if comparison.bytes <= 1 << 25
-                else "beyond"
-            )
+            name = next((name for name, limit in _COPY_SIZES.items() if comparison.bytes <= limit), _LARGEST_COPIES)
             classes.setdefault(name, []).append(moved / 1e9)
     return {name: sorted(values)[len(values) // 2] for name, values in classes.items()}
-
-
-def _flops(comparison: Comparison, provider: str) -> float | None:
-    return reading.operations_rate(comparison, provider)
 
 
 def _marker(provider: str) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def _picture(draw: Callable[[Any], None], caption: str, alternative: str, prefix
     import matplotlib.pyplot as plt
 
     ink, line = _stand_in("ink"), _stand_in("line")
-    style: Mapping[str, Any] = {
+    style: Any = {
         "font.size": 9,
         "text.color": ink,
         "axes.labelcolor": ink,
@@ -224,8 +222,8 @@ def _picture(draw: Callable[[Any], None], caption: str, alternative: str, prefix
         "svg.fonttype": "none",
         "svg.hashsalt": prefix,
     }
-    with plt.rc_context(dict(style)):
-        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(4.6, 3.5), layout="constrained")
         axes.grid(alpha=0.5, linewidth=0.5)
         axes.set_axisbelow(True)
         draw(axes)

@@ -1,8 +1,8 @@
 """How much arithmetic the polynomial ops do for each byte: where their points stand in a roofline plot.
 
-The counts are nominal: Horner's scheme for value, slope and curvature, a multiply-add as two operations, and each product
-and sum of the formulas in docs/mathematics.md once. Activations have none, because no count of an exponential is agreed on;
-ops that contain a matrix product or a convolution carry theirs in the results (``operations``).
+The counts are nominal: Horner's scheme for value, slope and curvature, a multiply-add as two operations, and each
+product and sum of the formulas in docs/mathematics.md once. Activations have none, because no count of an exponential
+is agreed on; ops that contain a matrix product or a convolution carry theirs in the results (``operations``).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def intensity(comparison: Comparison) -> float | None:
 def operations_per_element(op: str, degree: int, stage: str) -> int | None:
     """Operations for each element of ``z``, with gradients of everything in a backward; None for other ops or stages.
 
-    With ``D`` the degree: value ``2 D``, slope ``2 (D - 1)``, curvature ``2 (D - 2)``, the term of the norm 3. A backward
-    of ``polynomial`` adds 1 for ``dz`` and ``2 D + 1`` for the sums of the coefficients; one of ``polynomial_dreg`` 2 for
-    ``h``, 3 for ``dz``, 3 for the gradient of ``row_sq`` and ``6 D + 1`` for the coefficients.
+    With ``D`` the degree: value ``2 D``, slope ``2 (D - 1)``, curvature ``2 (D - 2)``, the term of the norm 3. A
+    backward of ``polynomial`` adds 1 for ``dz`` and ``2 D + 1`` for the sums of the coefficients; one of
+    ``polynomial_dreg`` 2 for ``h``, 3 for ``dz``, 3 for the gradient of ``row_sq``, ``6 D + 1`` for the coefficients.
     """
     slope, curvature = 2 * (degree - 1), 2 * max(0, degree - 2)
     counts = {
