@@ -13,8 +13,8 @@ from bench.providers import STAGES, Provider, missing, providers_of
 from bench.suites import RESULTS
 from bench.workloads import MAIN, SIZES, Size, Workload
 
-SECONDS = 2.0
-SECONDS_IN_A_SWEEP = 0.6
+SECONDS = 1.2
+SECONDS_IN_A_SWEEP = 0.4
 SECONDS_WHEN_QUICK = 0.02
 
 COMPILED_WHEN_QUICK = ("polynomial_dreg",)

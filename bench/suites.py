@@ -29,7 +29,8 @@ def available() -> dict[str, str]:
     return described
 
 
-@dataclass
+# Compared by identity: pytest keeps its plugins in a set.
+@dataclass(eq=False)
 class Run:
     """What a run of suites came to, and the pytest plugin that collects it.
 
@@ -66,21 +67,27 @@ class Run:
         self.on_end()
 
 
-def run(names: Sequence[str], quick: bool, run: Run) -> None:
+def measure(names: Sequence[str], quick: bool, run: Run) -> None:
     """Measure some suites in this process.
 
     Args:
         names: of the suites, as :func:`available` has them.
         quick: whether to take tiny sizes.
         run: takes the results and hears of the progress.
+
+    Raises:
+        RuntimeError: when pytest could not run them, with what it printed.
     """
     files = [str(FOLDER / f"bench_{name}.py") for name in names]
     options = ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "--capture=no"]
     if quick:
         options.append("--quick")
-    # What pytest would print; the caller has the results.
-    with redirect_stdout(io.StringIO()):
-        pytest.main([*options, *files], plugins=[run])
+    # Nobody needs what pytest prints, unless it fails: the caller has the results.
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        status = pytest.main([*options, *files], plugins=[run])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not run.errors:
+        raise RuntimeError(f"pytest ended with {pytest.ExitCode(status).name}:\n{printed.getvalue()}")
 
 
 def _last_line(report: pytest.CollectReport | pytest.TestReport) -> str:

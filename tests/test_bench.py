@@ -108,6 +108,7 @@ def test_a_wrong_answer_of_ours_has_no_figure(
     monkeypatch.setattr(ck, "activation_tangent", wrong)
     status, found = measured(tmp_path, "--suite", "activation_tangent")
     assert status == 1
+    assert len(found["comparisons"]) == len(providers.STAGES)
     for comparison in found["comparisons"]:
         assert "is off by" in comparison["failures"]["fused"]
         assert comparison["timings"] == {}
@@ -119,6 +120,7 @@ def test_a_wrong_answer_of_ours_has_no_figure(
 def test_repeated_run(tmp_path: Path) -> None:
     status, found = measured(tmp_path, "--suite", "activation_tangent", "--repeat", "2")
     assert status == 0
+    assert len(found["comparisons"]) == len(providers.STAGES)
     for comparison in found["comparisons"]:
         for timing in comparison["timings"].values():
             assert len(timing["run_medians"]) == 2

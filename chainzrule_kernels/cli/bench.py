@@ -129,7 +129,7 @@ def _measured(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]
         return gpu.run(lambda work: work.partition(",")[0] in names, repetitions, arguments.quick).as_json()
     if arguments.repeat == 1:
         with _progress() as one:
-            suites.run(names, arguments.quick, one)
+            suites.measure(names, arguments.quick, one)
         return record.as_json(one.results, arguments.quick, one.errors)
     return record.merged(_repetitions(arguments, names))
 
