@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(IN_VENV) -m chainzrule_kernels demo
 
 test: $(INSTALLED)
-	$(IN_VENV) -m pytest -q -n 2 tests
+	$(IN_VENV) -m pytest -q -n 2 --dist worksteal tests
 
 bench: $(INSTALLED)
 	$(IN_VENV) -m chainzrule_kernels bench $(if $(QUICK),--quick) --report bench-report
