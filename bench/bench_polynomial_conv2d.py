@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import chainzrule_kernels as ck
-from bench.providers import Provider, compile_provider, copies, output_and_gradients, provider
+from bench.providers import Provider, compile_provider, copies, missing, output_and_gradients, provider
 from bench.workloads import Workload
 
 
@@ -145,7 +145,10 @@ def _providers(work: Workload, layer: Layer, stage: str) -> list[Provider]:
     if not with_norm and layer.sweep is None:
         found.append(provider("unfold", unfolded, rows_first, stage, exact))
     found.append(provider("eager", plain, work, stage, exact))
-    found.append(compile_provider(plain, work, stage, exact))
+    if with_norm:
+        found.append(missing("compile", "compiled for polynomial_conv2d only: compiling takes longer than measuring"))
+    else:
+        found.append(compile_provider(plain, work, stage, exact))
     found.append(provider("fused", fused_dreg if with_norm else fused, work, stage, exact))
     return found
 

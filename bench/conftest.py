@@ -13,7 +13,7 @@ from bench.providers import STAGES, Provider, missing, providers_of
 from bench.suites import RESULTS
 from bench.workloads import MAIN, SIZES, Size, Workload
 
-SECONDS = 1.2
+SECONDS = 1.0
 SECONDS_IN_A_SWEEP = 0.4
 SECONDS_WHEN_QUICK = 0.02
 

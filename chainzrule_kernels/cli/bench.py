@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         return _compare(*arguments.compare)
 
-    from bench import record, suites
+    from bench import reading, record, suites
 
     available = suites.available()
     if arguments.list:
@@ -85,9 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not any(_is_on_gpu(name) for name in names):
         print(f"bench: --device cuda: nothing is measured there of {', '.join(names)}", file=sys.stderr)
         return NOT_AVAILABLE
+    start = time.perf_counter()
     content = _measured(arguments, names)
+    content["seconds"] = round(time.perf_counter() - start, 1)
     if arguments.json != "-":
         record.show(content, whole=arguments.suite is None)
+        print(f"{len(reading.read(content).comparisons)} comparisons in {content['seconds']} s")
     for name, error in content["errors"].items():
         print(f"bench: {name} broke off: {error}", file=sys.stderr)
     _keep(arguments, content)
