@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,9 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from bench.providers import COPIES, Provider
+
+# Otherwise PyTorch's profiler prints two lines at each measurement of memory, through the progress bar.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 MINIMUM_ROUNDS = 5
 MAXIMUM_ROUNDS = 60
