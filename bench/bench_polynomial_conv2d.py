@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import chainzrule_kernels as ck
-from bench.providers import Provider, compile_provider, copies, missing, output_and_gradients, provider
+from bench.providers import Provider, compile_provider, copies, output_and_gradients, provider
 from bench.workloads import Workload
 
 
@@ -98,6 +98,7 @@ def workload(op: str, layer: Layer) -> Workload:
         layer.sweep,
         layer.position,
         layer.model,
+        compiled=op == "polynomial_conv2d" or layer is RESNET[0],
     )
 
 
@@ -145,10 +146,7 @@ def _providers(work: Workload, layer: Layer, stage: str) -> list[Provider]:
     if not with_norm and layer.sweep is None:
         found.append(provider("unfold", unfolded, rows_first, stage, exact))
     found.append(provider("eager", plain, work, stage, exact))
-    if with_norm:
-        found.append(missing("compile", "compiled for polynomial_conv2d only: compiling takes longer than measuring"))
-    else:
-        found.append(compile_provider(plain, work, stage, exact))
+    found.append(compile_provider(plain, work, stage, exact))
     found.append(provider("fused", fused_dreg if with_norm else fused, work, stage, exact))
     return found
 
@@ -159,6 +157,6 @@ def test_polynomial_conv2d(compare: Callable[..., None], op: str, layer: Layer, 
     compare(work, stage, _providers(work, layer, stage))
 
 
-def test_over_batches_and_channels(compare: Callable[..., None], point: Layer, stage: str) -> None:
+def test_over_batches_and_channels(compare: Callable[..., None], point: Layer, sweep_stage: str) -> None:
     work = workload("polynomial_conv2d", point)
-    compare(work, stage, _providers(work, point, stage))
+    compare(work, sweep_stage, _providers(work, point, sweep_stage))

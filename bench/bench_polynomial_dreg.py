@@ -24,10 +24,14 @@ def test_models(compare: Callable[..., None], shrunk: Callable[[Size], Size], mo
 
 
 @pytest.mark.parametrize("point", [*workloads.BATCH_SWEEP, *workloads.WIDTH_SWEEP], ids=str)
-def test_over_sizes(compare: Callable[..., None], shrunk: Callable[[Size], Size], point: Size, stage: str) -> None:
-    compare(workloads.polynomial_dreg(shrunk(point)), stage)
+def test_over_sizes(
+    compare: Callable[..., None], shrunk: Callable[[Size], Size], point: Size, sweep_stage: str
+) -> None:
+    compare(workloads.polynomial_dreg(shrunk(point)), sweep_stage)
 
 
 @pytest.mark.parametrize("degree", workloads.DEGREE_SWEEP)
-def test_over_degrees(compare: Callable[..., None], shrunk: Callable[[Size], Size], degree: int, stage: str) -> None:
-    compare(workloads.polynomial_dreg_of_degree(degree, shrunk(workloads.DEGREE_SIZE)), stage)
+def test_over_degrees(
+    compare: Callable[..., None], shrunk: Callable[[Size], Size], degree: int, sweep_stage: str
+) -> None:
+    compare(workloads.polynomial_dreg_of_degree(degree, shrunk(workloads.DEGREE_SIZE)), sweep_stage)

@@ -16,6 +16,8 @@ def test_polynomial_tangent(compare: Callable[..., None], main_size: Size, stage
 
 
 @pytest.mark.parametrize("tangents", workloads.TANGENT_SWEEP)
-def test_over_tangents(compare: Callable[..., None], shrunk: Callable[[Size], Size], tangents: int, stage: str) -> None:
+def test_over_tangents(
+    compare: Callable[..., None], shrunk: Callable[[Size], Size], tangents: int, sweep_stage: str
+) -> None:
     workload = workloads.polynomial_tangent(shrunk(workloads.TANGENT_SIZE), tangents)
-    compare(replace(workload, sweep="tangents", position=tangents), stage)
+    compare(replace(workload, sweep="tangents", position=tangents), sweep_stage)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from bench import measure, record
-from bench.providers import STAGES, Provider, missing, providers_of
+from bench.providers import STAGES, SWEEP_STAGES, Provider, missing, providers_of
 from bench.suites import RESULTS
 from bench.workloads import MAIN, SIZES, Size, Workload
 
-SECONDS = 1.0
+SECONDS = 0.7
 SECONDS_IN_A_SWEEP = 0.4
 SECONDS_WHEN_QUICK = 0.02
 
@@ -41,6 +41,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # The stages come last, so that those of one workload follow each other and share its compiled code.
     if "stage" in metafunc.fixturenames:
         metafunc.parametrize("stage", STAGES)
+    if "sweep_stage" in metafunc.fixturenames:
+        metafunc.parametrize("sweep_stage", SWEEP_STAGES)
 
 
 def tiny(size: Size) -> Size:

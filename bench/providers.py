@@ -18,6 +18,9 @@ STAGES = ("forward", "backward", "both")
 COPIES = ("copy", "copy into a new buffer")
 """The providers that compute nothing."""
 
+SWEEP_STAGES = ("forward", "backward")
+"""What is measured at each point of a sweep."""
+
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-10}
 """Largest difference from float64, relative to the largest value, that still counts as the right answer.
 
@@ -100,6 +103,8 @@ def compile_provider(
     """``torch.compile`` of a function, but for the points of a sweep: compiling takes longer than measuring."""
     if workload.sweep is not None:
         return missing("compile", "not compiled anew for each point of a sweep")
+    if not workload.compiled:
+        return missing("compile", f"compiled for other arguments of {workload.op} only, to save time")
     return provider("compile", compiled(function, workload), workload, stage, exact)
 
 

@@ -25,6 +25,7 @@ class Size:
         inputs: of the linear layer that makes ``z``, where an op contains it; ``channels`` where not given.
         model: the real model that the shape comes from.
         sweep: the quantity that grows from size to size, where they are a series.
+        compiled: whether ``torch.compile`` is measured there.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Size:
     inputs: int | None = None
     model: str | None = None
     sweep: str | None = None
+    compiled: bool = True
 
     @property
     def position(self) -> int | None:
@@ -54,7 +56,7 @@ SIZES = (
 
 GPT_2 = Size("GPT-2 small MLP", 1024, 3072, inputs=768, model="GPT-2 small, 1024 tokens")
 VIT = Size("ViT-B MLP", 1576, 3072, inputs=768, model="ViT-B/16, 8 images")
-CHAINZRULE = Size("ChainzRule net", 128, 64, inputs=64, model="ChainzRule net for a table, width 64")
+CHAINZRULE = Size("ChainzRule net", 128, 64, inputs=64, model="ChainzRule net for a table, width 64", compiled=False)
 
 BATCH_SWEEP = tuple(Size("batch sweep", rows, 512, sweep="batch") for rows in (256, 512, 1024, 2048, 4096))
 WIDTH_SWEEP = tuple(Size("width sweep", 512, channels, sweep="width") for channels in (256, 512, 1024, 2048, 4096))
@@ -82,6 +84,7 @@ class Workload:
         model: the real model that the shape comes from.
         form: from the op to what is measured, where that is not the op on these arguments as they are.
         peers: functions of other libraries that do the nearest job.
+        compiled: whether ``torch.compile`` is measured: compiling takes longer than measuring.
     """
 
     op: str
@@ -97,6 +100,7 @@ class Workload:
     model: str | None = None
     form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     peers: tuple[Peer, ...] = ()
+    compiled: bool = True
 
     @property
     def fused(self) -> Callable[..., Any]:
@@ -180,7 +184,7 @@ def relu_squared(size: Size) -> Workload:
     draw = _Draw()
     z = draw.data(size)
     rectified = _on(size, "polynomial", "relu squared", (z,), (draw.data(size),), _floors(z))
-    return replace(rectified, form=relu_squared_of, peers=(LIGER_RELU_SQUARED,))
+    return replace(rectified, form=relu_squared_of, peers=(LIGER_RELU_SQUARED,), compiled=False)
 
 
 def hermite(size: Size) -> Workload:
@@ -189,7 +193,7 @@ def hermite(size: Size) -> Workload:
     z = draw.data(size)
     arguments = (z, ck.coefficients.hermite_start(3))
     activation = _on(size, "polynomial", "Hermite", arguments, (draw.data(size),), _floors(z))
-    return replace(activation, form=hermite_of, peers=(TORCHORTHO_HERMITE,))
+    return replace(activation, form=hermite_of, peers=(TORCHORTHO_HERMITE,), compiled=False)
 
 
 def polynomial_dreg(size: Size, shared: bool = False) -> Workload:
@@ -285,7 +289,7 @@ def _on(
 ) -> Workload:
     """A workload at a size, with what the size says of itself."""
     label = f"{size}, {form}" if form else str(size)
-    place: dict[str, Any] = {"sweep": size.sweep, "position": size.position, "model": size.model}
+    place: dict[str, Any] = {name: getattr(size, name) for name in ("sweep", "position", "model", "compiled")}
     return Workload(op, label, arguments, gradients, *floors, **place)
 
 
