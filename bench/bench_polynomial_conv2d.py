@@ -53,6 +53,7 @@ RESNET = (
     Layer(512, 512, 7, 3, model="ResNet-18 stage 4"),
     Layer(64, 256, 56, 1, model="ResNet-50 stage 1"),
 )
+WITH_NORM = (RESNET[0], RESNET[3])
 SWEEPS = (
     *(Layer(channels, channels, 28, 3, 8, sweep="channels") for channels in (16, 32, 64, 128)),
     *(Layer(64, 64, 28, 3, images, sweep="batch") for images in (2, 4, 8, 16)),
@@ -66,7 +67,7 @@ def shrunk(layer: Layer) -> Layer:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("quick")
-    for name, layers in (("layer", RESNET), ("point", SWEEPS)):
+    for name, layers in (("layer", RESNET), ("layer_with_norm", WITH_NORM), ("point", SWEEPS)):
         if name in metafunc.fixturenames:
             measured = [shrunk(layer) if quick else layer for layer in layers]
             metafunc.parametrize(name, measured, ids=[str(layer) for layer in layers], scope="session")
@@ -98,7 +99,7 @@ def workload(op: str, layer: Layer) -> Workload:
         layer.sweep,
         layer.position,
         layer.model,
-        compiled=op == "polynomial_conv2d" or layer is RESNET[0],
+        compiled=op == "polynomial_conv2d",
     )
 
 
@@ -151,10 +152,14 @@ def _providers(work: Workload, layer: Layer, stage: str) -> list[Provider]:
     return found
 
 
-@pytest.mark.parametrize("op", ["polynomial_conv2d", "polynomial_conv2d_dreg"])
-def test_polynomial_conv2d(compare: Callable[..., None], op: str, layer: Layer, stage: str) -> None:
-    work = workload(op, layer)
+def test_polynomial_conv2d(compare: Callable[..., None], layer: Layer, stage: str) -> None:
+    work = workload("polynomial_conv2d", layer)
     compare(work, stage, _providers(work, layer, stage))
+
+
+def test_with_norm(compare: Callable[..., None], layer_with_norm: Layer, stage: str) -> None:
+    work = workload("polynomial_conv2d_dreg", layer_with_norm)
+    compare(work, stage, _providers(work, layer_with_norm, stage))
 
 
 def test_over_batches_and_channels(compare: Callable[..., None], point: Layer, sweep_stage: str) -> None:

@@ -18,6 +18,10 @@ from bench.providers import COPIES, Provider
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 MINIMUM_ROUNDS = 5
+MINIMUM_OF_LONG_ROUNDS = 3
+LONG_ROUND = 0.5
+"""Seconds from which on a round of all providers, each run twice, is repeated less often."""
+
 MAXIMUM_ROUNDS = 60
 
 SWEEPS = ("batch", "width", "degree", "tangents", "depth", "channels")
@@ -107,7 +111,8 @@ def compare(comparison: Comparison, providers: Sequence[Provider], benchmark: An
     for provider in right:
         _warm(provider)
     one_round = 2 * (time.perf_counter() - start)
-    rounds = max(MINIMUM_ROUNDS, min(MAXIMUM_ROUNDS, int(seconds / max(one_round, 1e-9))))
+    fewest = MINIMUM_ROUNDS if one_round < LONG_ROUND else MINIMUM_OF_LONG_ROUNDS
+    rounds = max(fewest, min(MAXIMUM_ROUNDS, int(seconds / max(one_round, 1e-9))))
     samples: dict[str, list[float]] = {provider.name: [] for provider in others}
 
     def before_each_round() -> tuple[tuple[Any], dict[str, Any]]:
