@@ -33,7 +33,7 @@ test: $(INSTALLED)
 	$(IN_VENV) -m pytest -q -n 2 --dist worksteal tests
 
 bench: $(INSTALLED)
-	$(IN_VENV) -m pytest -q bench $(if $(QUICK),--quick)
+	$(IN_VENV) -m chainzrule_kernels bench $(if $(QUICK),--quick) --report bench-report
 
 # Everything on a GPU in one go, in under ten minutes; the short table comes last. Where PyTorch is installed already:
 # make gpu IN_VENV=python3 INSTALLED=, with CHAINZRULE_KERNELS_CUTLASS_DIR if nvidia-cutlass is not installed.
@@ -67,7 +67,7 @@ sanitize: $(INSTALLED)
 	    $(SANITIZED_TESTS) tests
 
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info chainzrule_kernels/*.so
+	rm -rf $(VENV) build dist demo-output bench-report *.egg-info chainzrule_kernels/*.so
 	rm -rf .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
