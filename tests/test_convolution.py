@@ -317,8 +317,10 @@ def test_a_call_that_somebody_watches_gives_the_same(with_norm: bool, device: st
             assert_same(function(tensors), watched, rtol=0.0, atol=0.0)
     gradients = gradients_for(watched)
     found = differentiate(function, tensors, gradients)
+    # The squared taps are summed in another order where a mode looks on.
+    tolerance = 1e-12 if with_norm else 0.0
     with Recorder():
-        assert_same(found, differentiate(function, tensors, gradients), rtol=0.0, atol=0.0)
+        assert_same(found, differentiate(function, tensors, gradients), rtol=tolerance, atol=tolerance)
 
 
 def test_a_tensor_subclass_sees_the_operator(device: str) -> None:
