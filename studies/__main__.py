@@ -1,0 +1,18 @@
+"""``python -m studies``: which studies there are."""
+
+from __future__ import annotations
+
+STUDIES = {
+    "pima": "ChainzRule and DREG against other methods on the Pima diabetes data",
+    "sweep": "four activations, six regularisers, eight data sets, five seeds",
+}
+
+
+def main() -> None:
+    """Print the commands."""
+    for name, summary in STUDIES.items():
+        print(f"python -m studies.{name:<12} {summary}")
+
+
+if __name__ == "__main__":
+    main()
