@@ -55,6 +55,18 @@ class History:
         return int(wrong[0]) if len(wrong) else None
 
 
+class Clock:
+    """Measures from when it was made."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """Seconds, and those of this process on all its processors, under the names that the stores give them."""
+        seconds, process_seconds = self._begin
+        return {"seconds": time.perf_counter() - seconds, "process_seconds": time.process_time() - process_seconds}
+
+
 def train(
     learner: Learner,
     x: Tensor,
@@ -80,7 +92,7 @@ def train(
     groups = [{"params": decayed, "weight_decay": learner.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], settings.learning_rate, fused=True)
     losses, norms = [], []
-    seconds, process_seconds = time.perf_counter(), time.process_time()
+    clock = Clock()
     for step, chosen in enumerate(batches(len(x), settings.batch, settings.steps, seed)):
         if settings.decays:
             for group in optimizer.param_groups:
@@ -99,8 +111,7 @@ def train(
     return History(
         torch.stack(losses).cpu(),
         torch.stack(norms).cpu() if norms else torch.empty(0),
-        time.perf_counter() - seconds,
-        time.process_time() - process_seconds,
+        **clock.read(),
     )
 
 
