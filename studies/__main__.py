@@ -5,6 +5,9 @@ from __future__ import annotations
 STUDIES = {
     "pima": "ChainzRule and DREG against other methods on the Pima diabetes data",
     "sweep": "four activations, six regularisers, eight data sets, five seeds",
+    "schedules": "DREG's strength over the training, under noise in the representations",
+    "volatility": "peaks of the gradient, and how many parameters it takes",
+    "polykervnet_depth": "which PolyKervNets of 10 to 50 layers train",
 }
 
 

@@ -36,7 +36,7 @@ EXPONENTIAL_RANGE = 100.0
 STRENGTHS = (STRENGTH / 10, STRENGTH, 10 * STRENGTH)
 DATASETS = ("digits", "breast cancer")
 TRAINING_NOISES = (0.0, 0.5)
-SEEDS = 8
+SEEDS = 6
 HIDDEN_NOISES = (0.25, 0.5, 1.0, 2.0)
 INPUT_NOISES = (0.5, 1.0)
 WIDTH = 64
@@ -210,7 +210,7 @@ def _mean_over_noises(found: Any, name: str) -> list[float]:
 def _draw(rows: Sequence[Row], strengths: Sequence[float], out: Path) -> None:
     title = f"Accuracy under noise in the hidden representations, {CHAINZRULE}, less that of the constant strength"
     with pictures.figure(
-        out / "schedules.png", title, len(TRAINING_NOISES), len(strengths), (4.2 * len(strengths), 7.5)
+        out / "schedules.png", title, len(TRAINING_NOISES), len(strengths), (max(9.0, 4.2 * len(strengths)), 7.5)
     ) as grid:
         for line, training_noise in zip(grid.reshape(len(TRAINING_NOISES), -1), TRAINING_NOISES, strict=True):
             for axes, strength in zip(line, strengths, strict=True):
