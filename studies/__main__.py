@@ -13,8 +13,9 @@ STUDIES = {
 
 def main() -> None:
     """Print the commands."""
+    width = max(map(len, STUDIES))
     for name, summary in STUDIES.items():
-        print(f"python -m studies.{name:<12} {summary}")
+        print(f"python -m studies.{name:<{width}} {summary}")
 
 
 if __name__ == "__main__":
