@@ -1,7 +1,7 @@
 """Four activations, six regularisers, eight data sets, five seeds, at one strength: python -m studies.sweep
 
-The sweep of arXiv 2606.23942 in small: 960 runs at λ = 10^-2.5, and 160 without a regulariser to compare with. Beside it
-the same on a tenth of the training data, and the time of DREG by the fused ops against the same penalty in plain
+The sweep of arXiv 2606.23942 in small: 960 runs at λ = 10^-2.5, and 160 without a regulariser to compare with. Beside
+it the same on a tenth of the training data, and the time of DREG by the fused ops against the same penalty in plain
 PyTorch. Width, learning rate and steps were fixed beforehand, for all networks alike.
 """
 
