@@ -174,7 +174,7 @@ def run(pima: data.Dataset, configuration: Row, choice: Row) -> Row:
         accuracies.append(measures.accuracy(net, parts.test_x, parts.test_y))
     times = clock.read()
     values = dict.fromkeys(VALUES, math.nan)
-    if protocol == HONEST and configuration["fraction"] == 1.0:
+    if protocol == HONEST:
         tails = measures.tail_ratios(net, parts.test_x, parts.test_y)
         values |= {f"tail ratio: {name}": tails[name] for name in TAILS}
         values["nonlinearity"] = measures.nonlinearity(net, parts.test_x)

@@ -26,7 +26,7 @@ SEEDS = 5
 LITTLE = 0.1
 NOISES = (0.25, 0.5, 1.0)
 WIDTH = 64
-SETTINGS = Settings(steps=600, batch=64, learning_rate=3e-3)
+SETTINGS = Settings(steps=400, batch=64, learning_rate=3e-3)
 QUICK_SETTINGS = Settings(steps=20, batch=64, learning_rate=3e-3)
 
 KEYS = {"activation": str, "regulariser": str, "dataset": str, "version": str, "fraction": float, "seed": int}
@@ -99,7 +99,7 @@ def time_ways(datasets: Mapping[str, data.Dataset], store: Store, settings: Sett
     widths = TIMED_WIDTHS[:1] if quick else TIMED_WIDTHS
     runs += [
         {"what": "step", "activation": activation, "repeat": repeat, "way": way, "width": width}
-        for repeat in range(1 if quick else 2 * REPEATS)
+        for repeat in range(1 if quick else REPEATS)
         for width, activation in itertools.product(widths, activations)
         for way in WAYS
     ]
