@@ -376,9 +376,9 @@ def _draw_accuracy(out: Path, ranked: Any, fractions: Sequence[float], spread: A
         axes.text(100 * PAPER[0] - 0.2, 0, "the paper's figure", ha="right", va="center")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
-    arguments = command.parser("pima", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args()
+    arguments = command.parser("pima", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
     pima = data.load("Pima", arguments.data)
     choice = choose(pima, out, arguments.quick)

@@ -1,8 +1,7 @@
 """Four activations, six regularisers, eight data sets, five seeds, at one strength: python -m studies.sweep
 
 The sweep of arXiv 2606.23942 in small: 960 runs at λ = 10^-2.5, and 160 without a regulariser to compare with. Beside
-it the same on a tenth of the training data, and the time of DREG by the fused ops against the same penalty in plain
-PyTorch. Width, learning rate and steps were fixed beforehand, for all networks alike.
+it the same on a tenth of the training data. Width, learning rate and steps were fixed beforehand, alike for all.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 
 from studies import command, data, measures, pictures, statistics
 from studies.networks import CHAINZRULE
-from studies.penalties import DREG, DREG_PLAIN, NONE, REGULARISERS, STRENGTH, learner
+from studies.penalties import DREG, NONE, REGULARISERS, STRENGTH, learner
 from studies.store import Row, Store
 from studies.training import Settings, train
 
@@ -40,12 +39,6 @@ VALUES = {
     "seconds": float,
     "process_seconds": float,
 }
-
-WAYS = {"without": NONE, "fused": DREG, "plain PyTorch": DREG_PLAIN}
-REPEATS = 2
-TIMED_WIDTHS = (16, 64, 256, 1024)
-TIMED_STEPS = 20
-TIMED_BATCH = 256
 
 
 def configurations(quick: bool) -> list[Row]:
@@ -84,46 +77,6 @@ def run(datasets: Mapping[str, data.Dataset], configuration: Row, settings: Sett
     return values | {f"accuracy, noise {n}": measures.noisy_accuracy(model, x, y, n, seed) for n in NOISES}
 
 
-# ---- the time against plain PyTorch ---------------------------------------------------------------------------------
-
-
-def time_ways(datasets: Mapping[str, data.Dataset], store: Store, settings: Settings, quick: bool) -> list[Row]:
-    """The DREG runs of the first seed in each of the ways, one behind the other; then single steps by width."""
-    names, activations = list(datasets), ("ReLU", CHAINZRULE) if quick else ACTIVATIONS
-    runs = [
-        {"what": f"{name}, {version}", "activation": activation, "repeat": repeat, "way": way, "width": WIDTH}
-        for repeat in range(1 if quick else REPEATS)
-        for name, version, activation in itertools.product(names, VERSIONS, activations)
-        for way in WAYS
-    ]
-    widths = TIMED_WIDTHS[:1] if quick else TIMED_WIDTHS
-    runs += [
-        {"what": "step", "activation": activation, "repeat": repeat, "way": way, "width": width}
-        for repeat in range(1 if quick else REPEATS)
-        for width, activation in itertools.product(widths, activations)
-        for way in WAYS
-    ]
-
-    def run_timed(configuration: Row) -> Row:
-        if configuration["what"] == "step":
-            dataset, version = "digits" if "digits" in datasets else names[0], "clean"
-            chosen = Settings(steps=TIMED_STEPS, batch=TIMED_BATCH, learning_rate=settings.learning_rate)
-        else:
-            dataset, version = configuration["what"].split(", ")
-            chosen = settings
-        parts = data.split(datasets[dataset], 0, 1.0, version == "noisy")
-        width = configuration["width"]
-        sizes = (parts.features, width, width, parts.classes)
-        # The first steps of a process compile nothing here, but they do fill caches.
-        for settings_of_pass in (Settings(steps=3, batch=chosen.batch), chosen):
-            student = learner(sizes, configuration["activation"], WAYS[configuration["way"]], 0)
-            history = train(student, parts.train_x, parts.train_y, settings_of_pass, 0)
-        return {"steps": chosen.steps, "seconds": history.seconds, "process_seconds": history.process_seconds}
-
-    command.run_missing("Sweep: times", store, runs, run_timed)
-    return store.of(runs)
-
-
 # ---- what came out --------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +107,7 @@ def gains(rows: Sequence[Row], column: str, regulariser: str, activation: str | 
     ]
 
 
-def report(rows: Sequence[Row], times: Sequence[Row], out: Path) -> None:
+def report(rows: Sequence[Row], out: Path) -> None:
     """Print the tables and draw the pictures."""
     full = [row for row in rows if row["fraction"] == 1.0]
     little = [row for row in rows if row["fraction"] == LITTLE]
@@ -166,7 +119,6 @@ def report(rows: Sequence[Row], times: Sequence[Row], out: Path) -> None:
     _report_activations(full, activations, regularisers, out)
     _report_noise(clean, regularisers, out)
     _report_little(clean, little, activations, regularisers, out)
-    _report_times(times, out)
 
 
 def _report_total(full: Sequence[Row]) -> None:
@@ -313,82 +265,32 @@ def _report_little(
             one.axvline(0, color="black", linewidth=1)
 
 
-def _report_times(times: Sequence[Row], out: Path) -> None:
-    runs = [row for row in times if row["what"] != "step"]
-    activations = list(dict.fromkeys(row["activation"] for row in times))
-
-    def total(rows: Sequence[Row], activation: str | None, way: str) -> float:
-        chosen = [row for row in rows if activation in (None, row["activation"]) and row["way"] == way]
-        return sum(row["process_seconds"] for row in chosen) / sum(row["steps"] for row in chosen)
-
-    command.print_table(
-        "Process time of a training step in microseconds, the DREG runs of the first seed on all data sets",
-        ("activation", *WAYS, "plain PyTorch over fused"),
-        [
-            [
-                activation or "all",
-                *(f"{1e6 * total(runs, activation, way):.0f}" for way in WAYS),
-                f"{total(runs, activation, 'plain PyTorch') / total(runs, activation, 'fused'):.2f}",
-            ]
-            for activation in (*activations, None)
-        ],
-    )
-    steps = [row for row in times if row["what"] == "step"]
-    widths = sorted({row["width"] for row in steps})
-    lines = []
-    ratios: dict[str, list[float]] = {activation: [] for activation in activations}
-    for activation, width in itertools.product(activations, widths):
-        chosen = [row for row in steps if row["width"] == width]
-        fused, plain = (total(chosen, activation, way) for way in ("fused", "plain PyTorch"))
-        without = total(chosen, activation, "without")
-        ratios[activation].append(plain / fused)
-        lines.append(
-            [
-                activation,
-                str(width),
-                *(f"{1e3 * value:.2f}" for value in (without, fused, plain)),
-                f"{plain / fused:.2f}",
-            ]
-        )
-    command.print_table(
-        f"Process time of a training step in milliseconds by width, digits, batch {TIMED_BATCH}",
-        ("activation", "width", *WAYS, "plain PyTorch over fused"),
-        lines,
-    )
-    title = f"Time of a training step with DREG: plain PyTorch over fused, batch {TIMED_BATCH}, one thread"
-    with pictures.figure(out / "sweep_times.png", title) as axes:
-        series = {name: (widths, values, [0.0] * len(values)) for name, values in ratios.items()}
-        pictures.draw_lines(axes, series, xscale="log", xlabel="width", ylabel="ratio")
-        axes.set_xticks(widths, [str(width) for width in widths])
-        axes.minorticks_off()
-        axes.axhline(1, color="black", linewidth=1)
+def settings_of(quick: bool) -> Settings:
+    """Of the trainings."""
+    return QUICK_SETTINGS if quick else SETTINGS
 
 
-def main() -> None:
-    """Run the study."""
-    parser = command.parser("sweep", (__doc__ or "").splitlines()[0], reads_pima=True)
-    parser.add_argument("--times-only", action="store_true", help="only the times, which want an idle machine")
-    arguments = parser.parse_args()
-    out = command.folder(arguments)
-    names = ("wine",) if arguments.quick else data.NAMES
-    datasets = {name: data.load(name, arguments.data) for name in names}
-    settings = QUICK_SETTINGS if arguments.quick else SETTINGS
-    shared = {
+def shared(settings: Settings) -> Row:
+    """What all runs share."""
+    return {
         "width": WIDTH,
         "strength": STRENGTH,
         "steps": settings.steps,
         "batch": settings.batch,
         "learning_rate": settings.learning_rate,
     }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the study."""
+    arguments = command.parser("sweep", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
+    out = command.folder(arguments)
     wanted = configurations(arguments.quick)
-    keys = {"what": str, "activation": str, "repeat": int, "way": str, "width": int}
-    values = {"steps": int, "seconds": float, "process_seconds": float}
-    times = time_ways(datasets, Store(out, "sweep_times", keys, values, shared), settings, arguments.quick)
-    if arguments.times_only:
-        return
-    store = Store(out, "sweep", KEYS, VALUES, shared)
+    datasets = {name: data.load(name, arguments.data) for name in dict.fromkeys(row["dataset"] for row in wanted)}
+    settings = settings_of(arguments.quick)
+    store = Store(out, "sweep", KEYS, VALUES, shared(settings))
     command.run_missing("Sweep", store, wanted, lambda configuration: run(datasets, configuration, settings))
-    report(store.of(wanted), times, out)
+    report(store.of(wanted), out)
     print(f"\nResults and pictures: {out}")
 
 
