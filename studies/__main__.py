@@ -4,6 +4,7 @@ from __future__ import annotations
 
 STUDIES = {
     "pima": "ChainzRule and DREG against other methods on the Pima diabetes data",
+    "tail_ratio": "which statistic gives the papers' tail ratio, by width and strength",
     "sweep": "four activations, six regularisers, eight data sets, five seeds",
     "sweep_times": "the time of DREG by the fused ops against plain PyTorch's",
 }
