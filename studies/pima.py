@@ -318,7 +318,7 @@ def _report_tails(rows: Sequence[Row], ranked: Any, out: Path) -> None:
             line.append(f"{np.nanmean(signs):+.2f}")
         by_fraction.append(line)
     command.print_table(
-        "Spearman's correlation with the accuracy over the networks, mean of the splits, by the share of the training data",
+        "Spearman's correlation with the accuracy over the networks, mean of the splits",
         ("training data", *next(iter(means.values()))),
         by_fraction,
     )
