@@ -76,6 +76,11 @@ def tail_ratios(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     return {name: ck.tail_ratio(values) for name, values in quantities.items()}
 
 
+def tail_ratio_of_layers(model: nn.Module, x: Tensor) -> float:
+    """p99 / mean over the samples of ``(Σ_layers ‖J‖_F²)^½``."""
+    return ck.tail_ratio(layer_jacobian_squares(model, x, "layer").sqrt())
+
+
 def layer_jacobian_squares(model: nn.Module, x: Tensor, variant: str) -> Tensor:
     """``(B,)``: for each sample the sum over the layers of DREG's squared norm."""
     ck.DREG.detach(model)

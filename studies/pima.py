@@ -174,7 +174,7 @@ def run(pima: data.Dataset, configuration: Row, choice: Row) -> Row:
         accuracies.append(measures.accuracy(net, parts.test_x, parts.test_y))
     times = clock.read()
     values = dict.fromkeys(VALUES, math.nan)
-    if protocol == HONEST and configuration["fraction"] == 1.0:
+    if protocol == HONEST:
         tails = measures.tail_ratios(net, parts.test_x, parts.test_y)
         values |= {f"tail ratio: {name}": tails[name] for name in TAILS}
         values["nonlinearity"] = measures.nonlinearity(net, parts.test_x)
@@ -310,6 +310,18 @@ def _report_tails(rows: Sequence[Row], ranked: Any, out: Path) -> None:
         ("network", *next(iter(means.values()))),
         [[name, *(f"{value:.3f}" for value in line.values())] for name, line in means.items()],
     )
+    by_fraction = []
+    for fraction in sorted({row["fraction"] for row in rows}):
+        line = [f"{fraction:.0%}"]
+        for column in columns:
+            signs = [_rank_correlation(rows, nets, column, fraction, split) for split in {row["split"] for row in rows}]
+            line.append(f"{np.nanmean(signs):+.2f}")
+        by_fraction.append(line)
+    command.print_table(
+        "Spearman's correlation with the accuracy over the networks, mean of the splits",
+        ("training data", *next(iter(means.values()))),
+        by_fraction,
+    )
     over_splits = []
     for method in ranked:
         accuracies = values_of(rows, "accuracy", method, fraction=1.0)
@@ -319,6 +331,18 @@ def _report_tails(rows: Sequence[Row], ranked: Any, out: Path) -> None:
         out / "pima_tail_ratio.png", "Pima: tail ratio p99 / mean over the test part", size=(10, 8)
     ) as axes:
         pictures.draw_grid(axes, means, digits=2)
+
+
+def _rank_correlation(
+    rows: Sequence[Row], nets: Sequence[tuple[str, str]], column: str, fraction: float, split: int
+) -> float:
+    chosen = [
+        row
+        for row in rows
+        if (row["protocol"], row["fraction"], row["split"]) == (HONEST, fraction, split)
+        and (row["model"], row["regulariser"]) in nets
+    ]
+    return statistics.rank_correlation([row[column] for row in chosen], [row["accuracy"] for row in chosen])
 
 
 def _report_protocols(rows: Sequence[Row], out: Path) -> None:
@@ -376,9 +400,9 @@ def _draw_accuracy(out: Path, ranked: Any, fractions: Sequence[float], spread: A
         axes.text(100 * PAPER[0] - 0.2, 0, "the paper's figure", ha="right", va="center")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
-    arguments = command.parser("pima", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args()
+    arguments = command.parser("pima", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
     pima = data.load("Pima", arguments.data)
     choice = choose(pima, out, arguments.quick)

@@ -83,6 +83,13 @@ def signed_rank(first: Sequence[float], second: Sequence[float]) -> float:
     return float(stats.wilcoxon(differences).pvalue)
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's, from -1 to 1; NaN where one of them does not vary."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return math.nan
+    return float(stats.spearmanr(first, second).statistic)
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's correction, ``p_(k) (m - k + 1)`` made monotonous and at most 1 (Scand. Journal of Statistics 6, 1979)."""
     order = np.argsort(ps)
