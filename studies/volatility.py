@@ -27,9 +27,7 @@ METHODS = {
     "ReLU": ("ReLU", NONE),
     "GELU": ("GELU", NONE),
     "ReLU, spectral norm": ("ReLU", "spectral norm"),
-    "GELU, spectral norm": ("GELU", "spectral norm"),
     "ReLU, input gradient": ("ReLU", "input gradient"),
-    "GELU, input gradient": ("GELU", "input gradient"),
     CHAINZRULE: (CHAINZRULE, NONE),
     f"{CHAINZRULE}, {DREG}": (CHAINZRULE, DREG),
 }
@@ -66,7 +64,6 @@ VALUES = {
 SIZED = {
     "ReLU": ("ReLU", NONE),
     "GELU": ("GELU", NONE),
-    "tanh": ("tanh", NONE),
     CHAINZRULE: (CHAINZRULE, NONE),
     f"{CHAINZRULE}, {DREG}": (CHAINZRULE, DREG),
 }
