@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ EXPONENTIAL_RANGE = 100.0
 
 STRENGTHS = (STRENGTH / 10, STRENGTH, 10 * STRENGTH)
 DATASETS = ("digits", "breast cancer")
-TRAINING_NOISES = (0.0, 0.5)
+TRAINING_NOISES = (0.0,)
 SEEDS = 5
 HIDDEN_NOISES = (0.25, 0.5, 1.0, 2.0)
 INPUT_NOISES = (0.5, 1.0)
@@ -106,9 +107,9 @@ def configurations(quick: bool) -> list[Row]:
     datasets, strengths, seeds = (DATASETS[1:], STRENGTHS[1:2], 2) if quick else (DATASETS, STRENGTHS, SEEDS)
     return [
         dict(zip(KEYS, (dataset, training_noise, name, strength, seed), strict=True))
+        for training_noise in TRAINING_NOISES
         for seed in range(seeds)
         for dataset in datasets
-        for training_noise in TRAINING_NOISES
         for name in SCHEDULES
         for strength in (strengths if name != NONE else (0.0,))
     ]
@@ -211,10 +212,11 @@ def _mean_over_noises(found: Any, name: str) -> list[float]:
 
 def _draw(rows: Sequence[Row], strengths: Sequence[float], out: Path) -> None:
     title = f"Accuracy under noise in the hidden representations, {CHAINZRULE}, less that of the constant strength"
-    with pictures.figure(
-        out / "schedules.png", title, len(TRAINING_NOISES), len(strengths), (max(9.0, 4.2 * len(strengths)), 7.5)
-    ) as grid:
-        for line, training_noise in zip(grid.reshape(len(TRAINING_NOISES), -1), TRAINING_NOISES, strict=True):
+    lines, columns = len(TRAINING_NOISES), len(strengths)
+    size = (max(9.0, 4.2 * columns), 1 + 3.4 * lines)
+    with pictures.figure(out / "schedules.png", title, lines, columns, size) as drawn:
+        grid = np.atleast_1d(drawn).reshape(lines, columns)
+        for line, training_noise in zip(grid, TRAINING_NOISES, strict=True):
             for axes, strength in zip(line, strengths, strict=True):
                 series = {}
                 for position, name in enumerate((*FALLING, *RISING)):
@@ -230,7 +232,7 @@ def _draw(rows: Sequence[Row], strengths: Sequence[float], out: Path) -> None:
                 axes.set_xticks(range(1 + len(HIDDEN_NOISES)), ["none", *(f"{noise:g}" for noise in HIDDEN_NOISES)])
                 axes.axhline(0, color="black", linewidth=0.8)
                 axes.get_legend().remove()
-        for axes in grid.reshape(len(TRAINING_NOISES), -1)[-1]:
+        for axes in grid[-1]:
             axes.set_xlabel("noise when tested")
         handles, labels = axes.get_legend_handles_labels()
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=3)

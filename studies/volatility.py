@@ -160,69 +160,85 @@ def values_of(rows: Sequence[Row], column: str, **wanted: Any) -> list[float]:
     ]
 
 
+def geometric(values: Sequence[float]) -> tuple[float, float, float]:
+    """The geometric mean, and the ends of Student's 95 % interval of the mean logarithm, for what is skewed."""
+    spread = statistics.interval([math.log(value) for value in values])
+    low, high = spread.mean - spread.half_width, spread.mean + spread.half_width
+    return math.exp(spread.mean), math.exp(low), math.exp(high)
+
+
 def change(rows: Sequence[Row], reading: str, ours: str, other: str) -> tuple[float, float, float]:
-    """The change of a reading from another method to ours, in percent.
+    """The change of a reading from another method to ours in percent, with the ends of its interval.
 
-    Over the settings of a seed the logarithms of the ratios are averaged; over the seeds Student's 95 % interval is
-    taken of these averages, and turned to percent as they are.
-
-    Returns:
-        The change and the ends of its interval.
+    A seed's value is the geometric mean of the ratios in its settings; the interval is that of :func:`geometric` over
+    the seeds.
     """
-    logarithms = []
+    ratios = []
     for seed in sorted({row["seed"] for row in rows}):
         pairs = zip(*(values_of(rows, reading, method=method, seed=seed) for method in (ours, other)), strict=True)
-        logarithms.append(float(np.mean([math.log(one / reference) for one, reference in pairs])))
-    spread = statistics.interval(logarithms)
-    low, high = spread.mean - spread.half_width, spread.mean + spread.half_width
-    return 100 * math.expm1(spread.mean), 100 * math.expm1(low), 100 * math.expm1(high)
+        ratios.append(float(np.exp(np.mean([math.log(one / reference) for one, reference in pairs]))))
+    middle, low, high = geometric(ratios)
+    return 100 * (middle - 1), 100 * (low - 1), 100 * (high - 1)
 
 
 def report(rows: Sequence[Row], out: Path, name: str) -> None:
     """Print the tables of the volatility and draw its picture."""
-    reading = next(iter(READINGS))
     places = list(dict.fromkeys((row["hidden_layers"], row["learning_rate"]) for row in rows))
     for layers, decay in places:
         chosen = {"hidden_layers": layers, "learning_rate": decay}
+        lines = []
+        for method in METHODS:
+            line = [method]
+            for reading in READINGS:
+                line.append(f"{geometric(values_of(rows, reading, method=method, **chosen))[0]:.3g}")
+            spread = statistics.interval(values_of(rows, "accuracy", method=method, **chosen))
+            lines.append([*line, spread.percent()])
         command.print_table(
-            f"{layers} hidden layers of {WIDTH}, {decay} learning rate: each reading of the peak volatility, "
+            f"{layers} hidden layers of {WIDTH}, {decay} learning rate: each reading of the peak volatility, geometric "
             "mean over the seeds; accuracy in percent",
             ("method", *READINGS, "accuracy"),
-            [
-                [
-                    method,
-                    *(f"{statistics.interval(values_of(rows, r, method=method, **chosen)).mean:.3g}" for r in READINGS),
-                    statistics.interval(values_of(rows, "accuracy", method=method, **chosen)).percent(),
-                ]
-                for method in METHODS
-            ],
+            lines,
         )
-    others = [method for method in METHODS if method not in OURS]
     for ours in OURS:
         lines = []
-        for other in others:
+        for other in METHODS:
+            if other in OURS:
+                continue
             line = [other]
-            for r in READINGS:
-                middle, low, high = change(rows, r, ours, other)
+            for reading in READINGS:
+                middle, low, high = change(rows, reading, ours, other)
                 line.append(f"{middle:+.0f} ({low:+.0f} to {high:+.0f})")
             lines.append(line)
         command.print_table(
             f"Change from each to {ours} in percent, over all settings, with 95 % intervals", ("from", *READINGS), lines
         )
-    with pictures.figure(
-        out / "volatility.png", f"Peak volatility of the gradient norm, {reading}, on {name}: mean and 95 % interval",
-        1, len(places), (3.4 * len(places) + 1.2, 4),
-    ) as row_of_axes:  # fmt: skip
-        for axes, (layers, decay) in zip(np.atleast_1d(row_of_axes), places, strict=True):
-            bars = {}
-            for method in METHODS:
-                spread = statistics.interval(
+    _draw(rows, places, out, name)
+
+
+def _draw(rows: Sequence[Row], places: Sequence[tuple[int, str]], out: Path, name: str) -> None:
+    reading = next(iter(READINGS))
+    title = f"Peak volatility of the gradient norm, {reading}, on {name}: geometric mean and 95 % interval"
+    heights = range(len(METHODS) - 1, -1, -1)
+    size = (max(9.0, 2.9 * len(places) + 1.4), 3.6)
+    with pictures.figure(out / "volatility.png", title, 1, len(places), size) as grid:
+        ends = []
+        for position, (axes, (layers, decay)) in enumerate(zip(np.atleast_1d(grid), places, strict=True)):
+            for height, method in zip(heights, METHODS, strict=True):
+                middle, low, high = geometric(
                     values_of(rows, reading, method=method, hidden_layers=layers, learning_rate=decay)
                 )
-                bars[method] = spread.mean, spread.half_width
-            pictures.draw_bars(axes, bars, OURS, title=f"{layers} hidden, {decay} rate", xlabel=reading)
-            if axes is not np.atleast_1d(row_of_axes)[0]:
-                axes.set_yticklabels([])
+                ends += [low, high]
+                colour = pictures.COLOURS[1 if method in OURS else 0]
+                axes.errorbar(
+                    [middle], [height], xerr=[[middle - low], [high - middle]], color=colour, fmt="o", capsize=3
+                )
+            layer_word = "layer" if layers == 1 else "layers"
+            axes.set(xscale="log", xlabel=reading, title=f"{layers} hidden {layer_word}, {decay} rate")
+            axes.set_yticks(heights, METHODS if position == 0 else [""] * len(METHODS))
+        for axes in np.atleast_1d(grid):
+            # Whole decades, alike everywhere, so that the ticks can be read.
+            axes.set_xlim(10 ** math.floor(math.log10(min(ends))), 10 ** math.ceil(math.log10(max(ends))))
+            axes.minorticks_off()
 
 
 Size = tuple[str, int, int]
