@@ -136,6 +136,7 @@ def _report_ranks(
     within = ("dataset", "version", "activation")
     rankings = {
         "clean and noisy": ranking(full, "accuracy", "regulariser", within),
+        "clean": ranking(clean, "accuracy", "regulariser", within),
         "AUC": ranking(full, "auc", "regulariser", within),
         **{
             f"test noise {noise}": ranking(clean, f"accuracy, noise {noise}", "regulariser", within) for noise in NOISES
@@ -151,6 +152,18 @@ def _report_ranks(
                 for name in sorted(regularisers, key=lambda name: rankings["clean and noisy"].ranks[name])
             ),
             ["p", *(f"{one.p:.2g}" for one in rankings.values())],
+        ],
+    )
+    by_activation = {
+        name: ranking([row for row in full if row["activation"] == name], "accuracy", "regulariser", within[:2])
+        for name in dict.fromkeys(row["activation"] for row in full)
+    }
+    command.print_table(
+        "Mean rank of the accuracy by activation, over data sets, clean and noisy",
+        ("regulariser", *by_activation),
+        [
+            *([name, *(f"{one.ranks[name]:.2f}" for one in by_activation.values())] for name in regularisers),
+            ["p", *(f"{one.p:.2g}" for one in by_activation.values())],
         ],
     )
     compared = {}
