@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from studies import command, data, measures, networks, penalties, pima, statistics, sweep
+from studies import command, data, measures, networks, penalties, pima, statistics, sweep, sweep_times, tail_ratio
 from studies.store import Store
 from studies.training import Settings, batches, train
 
@@ -310,6 +310,25 @@ def test_sweep_quick_runs_and_ranks(tmp_path, capsys):
     sweep.main(["--quick", "--out", str(tmp_path)])
     assert "8 regularised runs" in capsys.readouterr().out
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + 3 * 2 * 3
+
+
+def test_sweep_times_quick_times_every_way(pima_file, tmp_path):
+    sweep_times.main(["--quick", "--data", str(pima_file), "--out", str(tmp_path)])
+    store = Store(
+        tmp_path, "sweep_times", sweep_times.KEYS, sweep_times.VALUES, sweep.shared(sweep.settings_of(quick=True))
+    )
+    ways = [row["way"] for row in store.rows]
+    assert len(ways) == 3 * ways.count("fused") == 3 * ways.count("plain PyTorch") == 3 * (1 * 2 * 2 + 2)
+    assert all(row["process_seconds"] > 0 for row in store.rows)
+    assert (tmp_path / "sweep_times.png").exists()
+
+
+def test_tail_ratio_quick_measures_every_candidate(pima_file, tmp_path, capsys):
+    tail_ratio.main(["--quick", "--data", str(pima_file), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.count("| ReLU | 16 |") == printed.count("| ChainzRule, λ = 10^-0.5 | 16 |") == 2
+    assert all(name in printed for name in pima.TAILS)
+    assert (tmp_path / "tail_ratio.png").exists()
 
 
 def test_the_full_sweep_is_960_runs():
