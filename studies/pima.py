@@ -229,9 +229,12 @@ def values_of(rows: Sequence[Row], column: str, method: tuple[str, str], **wante
     return [row[column] for row in sorted(chosen, key=lambda row: row["split"])]
 
 
-def test_to_train(fraction: float) -> float:
-    """The size of the test part over that of the training part."""
-    return data.TEST_SHARE / ((1 - data.TEST_SHARE) * fraction)
+def spread_of(values: Sequence[float]) -> statistics.Interval:
+    """The interval of a mean over the splits, as wide as for splits that keep all of their training part.
+
+    With less of it the splits share fewer training samples, so that the interval is rather too wide than too narrow.
+    """
+    return statistics.interval(values, test_to_train=data.TEST_SHARE / (1 - data.TEST_SHARE))
 
 
 def report(rows: Sequence[Row], out: Path) -> None:
@@ -239,9 +242,7 @@ def report(rows: Sequence[Row], out: Path) -> None:
     methods = list(dict.fromkeys((row["model"], row["regulariser"]) for row in rows if row["protocol"] == HONEST))
     fractions = sorted({row["fraction"] for row in rows})
     spread = {
-        (method, fraction): statistics.interval(
-            values_of(rows, "accuracy", method, fraction=fraction), test_to_train(fraction)
-        )
+        (method, fraction): spread_of(values_of(rows, "accuracy", method, fraction=fraction))
         for method in methods
         for fraction in fractions
     }
@@ -266,7 +267,7 @@ def _report_accuracy(rows: Sequence[Row], ranked: Any, fractions: Sequence[float
         for fraction in fractions
     }
     for method in ranked:
-        auc = statistics.interval(values_of(rows, "auc", method, fraction=1.0), test_to_train(1.0))
+        auc = spread_of(values_of(rows, "auc", method, fraction=1.0))
         comparison = comparisons[1.0].get(label(*method))
         lines.append(
             [

@@ -103,7 +103,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Mean ranks of methods over data sets, 1 the best, with the p of Friedman's test that all are alike."""
+    """Mean ranks of methods over data sets, 1 the best, with the p of Friedman's test; NaN for less than three."""
 
     ranks: dict[str, float]
     p: float
@@ -117,5 +117,8 @@ def friedman(scores: Mapping[str, Sequence[float]]) -> Ranking:
     """
     table = np.array(list(scores.values()))
     ranks = stats.rankdata(-table, axis=0).mean(axis=1)
-    p = float(stats.friedmanchisquare(*table).pvalue) if len(table) > 2 else math.nan
+    if len(table) < 3:
+        p = math.nan
+    else:
+        p = float(stats.friedmanchisquare(*table).pvalue) if (table != table[0]).any() else 1.0
     return Ranking(dict(zip(scores, ranks.tolist(), strict=True)), p)

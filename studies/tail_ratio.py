@@ -31,7 +31,7 @@ NETS = (
     (CHAINZRULE, DREG, 100 * STRENGTH),
 )
 FRACTIONS = (0.05, 1.0)
-SPLITS = 5
+SPLITS = 3
 SETTINGS = Settings(steps=300, learning_rate=3e-3)
 QUICK_SETTINGS = Settings(steps=20, learning_rate=3e-3)
 
