@@ -225,6 +225,7 @@ def main() -> None:
     """Run the study."""
     parser = command.parser("polykervnet_depth", (__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, metavar="PATH", help="cifar-10-python.tar.gz (default: digits of 8x8)")
+    parser.add_argument("--report", action="store_true", help="train nothing; print and draw the runs that are there")
     arguments = parser.parse_args()
     out = command.folder(arguments)
     images = data.load(arguments.data, None, 0)
@@ -232,7 +233,8 @@ def main() -> None:
     store = Store(out, "polykervnet_depth", KEYS, VALUES, vars(shared))
     wanted = configurations(arguments.quick)
     weights = relu_weights(images, shared)
-    command.run_missing("depth", store, wanted, lambda configuration: run(configuration, images, shared, weights))
+    if not arguments.report:
+        command.run_missing("depth", store, wanted, lambda configuration: run(configuration, images, shared, weights))
     report(store.of(wanted), out, shared)
     print(f"\nResults and pictures: {out}")
 

@@ -34,7 +34,7 @@ SCHEDULES = (NONE, CONSTANT, *FALLING, *RISING)
 EXPONENTIAL_RANGE = 100.0
 """How many times as large an exponential is at its one end as at the other; the others go to zero."""
 
-STRENGTHS = (STRENGTH / 10, STRENGTH, 10 * STRENGTH)
+STRENGTHS = (STRENGTH, 10 * STRENGTH)
 DATASETS = ("digits", "breast cancer")
 TRAINING_NOISES = (0.0,)
 SEEDS = 5
@@ -104,7 +104,7 @@ def representation_noise(model: nn.Sequential, noise: float, seed: int) -> Itera
 
 def configurations(quick: bool) -> list[Row]:
     """All runs; those without a penalty once for all strengths."""
-    datasets, strengths, seeds = (DATASETS[1:], STRENGTHS[1:2], 2) if quick else (DATASETS, STRENGTHS, SEEDS)
+    datasets, strengths, seeds = (DATASETS[1:], STRENGTHS[:1], 2) if quick else (DATASETS, STRENGTHS, SEEDS)
     return [
         dict(zip(KEYS, (dataset, training_noise, name, strength, seed), strict=True))
         for training_noise in TRAINING_NOISES

@@ -69,7 +69,7 @@ SIZED = {
 }
 WIDTHS = (2, 4, 6, 8, 12, 16, 32, 64, 128)
 SIZED_LAYERS = (1, 2)
-SIZED_SEEDS = 5
+SIZED_SEEDS = 4
 MARGINS = (0.0, 0.5, 1.0)
 """How many percentage points below the best perceptron still count as a match."""
 SIZED_KEYS = {"method": str, "hidden_layers": int, "width": int, "seed": int}
@@ -295,7 +295,7 @@ def report_sizes(rows: Sequence[Row], out: Path, name: str) -> None:
                 f"{margin:g}",
                 *(_describe(size, found, parameters) for size in (best, small, ours)),
                 *(
-                    f"{_ratio(size, ours, parameters):.2g} ({_range(ratios[position])})"
+                    f"{_number(_ratio(size, ours, parameters))} ({_range(ratios[position])})"
                     for position, size in enumerate((best, small))
                 ),
             ]
@@ -338,6 +338,10 @@ def report_sizes(rows: Sequence[Row], out: Path, name: str) -> None:
 
 def _ratio(size: Size | None, ours: Size | None, parameters: dict[Size, int]) -> float:
     return math.nan if size is None or ours is None else parameters[size] / parameters[ours]
+
+
+def _number(ratio: float) -> str:
+    return "none" if math.isnan(ratio) else f"{ratio:.2g}"
 
 
 def _describe(size: Size | None, found: dict[Size, np.ndarray], parameters: dict[Size, int]) -> str:
