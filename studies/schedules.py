@@ -2,8 +2,8 @@
 
 The claim of arXiv 2606.07908: the strength should be annealed. Shape and range are open there, and so is what noise
 in the representations is. Here it is Gaussian noise on what each layer but the first is given, its deviation a multiple
-of the root mean square of that sample's representation; in one half of the runs in training too. Noise on the inputs
-stands beside it. All schedules of a strength have the same mean over the steps, so that only their shapes differ.
+of the root mean square of that sample's representation, when the net is tested. Noise on the inputs stands beside it.
+All schedules of a strength have the same mean over the steps, so that only their shapes differ.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ EXPONENTIAL_RANGE = 100.0
 STRENGTHS = (STRENGTH, 10 * STRENGTH)
 DATASETS = ("digits", "breast cancer")
 TRAINING_NOISES = (0.0,)
+"""Noise in the representations while the net is trained; what stands here is run."""
 SEEDS = 5
 HIDDEN_NOISES = (0.25, 0.5, 1.0, 2.0)
 INPUT_NOISES = (0.5, 1.0)
