@@ -100,7 +100,7 @@ def report(rows: Sequence[Row], out: Path) -> None:
             ],
         )
     title = "Pima, all training data: tail ratio against nonlinearity, a point for each width"
-    with pictures.figure(out / "tail_ratio.png", title, 1, 2, size=(11, 4.5)) as axes:
+    with pictures.figure(out / "tail_ratio.png", title, 1, 2, size=(12, 4.5)) as axes:
         for one, statistic in zip(axes, ("layer Jacobian", "slopes"), strict=True):
             for position, net in enumerate(nets):
                 one.scatter(
@@ -114,7 +114,7 @@ def report(rows: Sequence[Row], out: Path) -> None:
                 one.axhspan(low, high, color="black", alpha=0.12)
                 one.text(one.get_xlim()[1], (low + high) / 2, name, va="center", ha="right", fontsize=8)
             one.set(title=statistic, xlabel="nonlinearity", ylabel="p99 / mean", ylim=(1, None))
-        axes[0].legend()
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
