@@ -52,8 +52,11 @@ COMPLETE = "rows with missing values left out"
 BEST_STEP = "best moment chosen on the test part"
 BEST_SEED = "best of 5 seeds chosen on the test part"
 TOGETHER = "before the split, best moment, best of 5 seeds"
-PROTOCOLS = (HONEST, BEFORE, COMPLETE, BEST_STEP, BEST_SEED, TOGETHER, COPIES, BY_CLASS)
-PROTOCOL_METHODS = (OURS, ("ReLU", NONE))
+BY_CLASS_TOGETHER = "the same, best moment, best of 5 seeds"
+PROTOCOLS = (HONEST, BEFORE, COMPLETE, COPIES, BEST_STEP, BEST_SEED, TOGETHER, BY_CLASS, BY_CLASS_TOGETHER)
+CHOOSES = (BEST_STEP, BEST_SEED, TOGETHER, BY_CLASS_TOGETHER)
+"""Protocols that choose among the moments or seeds of a training."""
+PROTOCOL_METHODS = (OURS, ("ReLU", NONE), ("gradient boosting", NONE))
 SEEDS = 5
 LOOK_EVERY = 10
 """Steps between two looks at the test part, where a protocol takes the best."""
@@ -143,7 +146,7 @@ def network(
 
 def configurations(quick: bool) -> list[Row]:
     """All runs: methods by fractions by splits as it should be, and the other protocols on all training data."""
-    methods = (OURS, ("ReLU", NONE), ("SVM", NONE)) if quick else METHODS
+    methods = (OURS, ("ReLU", NONE), ("gradient boosting", NONE)) if quick else METHODS
     fractions = (0.25, 1.0) if quick else FRACTIONS
     splits = range(2 if quick else SPLITS)
 
@@ -151,8 +154,14 @@ def configurations(quick: bool) -> list[Row]:
         return dict(zip(KEYS, (protocol, *method, fraction, split), strict=True))
 
     runs = [row(HONEST, method, f, split) for split in splits for method in methods for f in fractions]
-    others = [protocol for protocol in PROTOCOLS if protocol != HONEST]
-    return runs + [row(p, method, 1.0, split) for split in splits for p in others for method in PROTOCOL_METHODS]
+    others = [
+        row(protocol, method, 1.0, split)
+        for split in splits
+        for protocol in PROTOCOLS[1:]
+        for method in PROTOCOL_METHODS
+        if not (protocol in CHOOSES and method[0] in CLASSICAL)
+    ]
+    return runs + others
 
 
 def run(pima: data.Dataset, configuration: Row, choice: Row) -> Row:
@@ -162,12 +171,12 @@ def run(pima: data.Dataset, configuration: Row, choice: Row) -> Row:
     if model in CLASSICAL:
         return classical(parts, model)
     clock = Clock()
-    seeds = SEEDS if protocol in (BEST_SEED, TOGETHER) else 1
+    seeds = SEEDS if protocol in (BEST_SEED, TOGETHER, BY_CLASS_TOGETHER) else 1
     accuracies: list[float] = []
     for seed in range(seeds):
 
         def look(net: Any, step: int) -> None:
-            if protocol in (BEST_STEP, TOGETHER) and step % LOOK_EVERY == 0:
+            if protocol in (BEST_STEP, TOGETHER, BY_CLASS_TOGETHER) and step % LOOK_EVERY == 0:
                 accuracies.append(measures.accuracy(net, parts.test_x, parts.test_y))
 
         net = network(parts, model, configuration["regulariser"], choice, 1000 * split + seed, look)
@@ -199,7 +208,7 @@ def protocol_parts(pima: data.Dataset, protocol: str, split: int, fraction: floa
     x, y = pima.x, pima.y
     if protocol in (BEFORE, TOGETHER):
         x = data.preprocessing().fit_transform(x)
-    elif protocol == BY_CLASS:
+    elif protocol in (BY_CLASS, BY_CLASS_TOGETHER):
         x = x.copy()
         for label in np.unique(y):
             medians = np.nanmedian(x[y == label], axis=0)
@@ -347,26 +356,41 @@ def _rank_correlation(
 
 
 def _report_protocols(rows: Sequence[Row], out: Path) -> None:
-    bars: dict[str, tuple[float, float]] = {"the paper's figure": PAPER}
-    lines = []
-    for protocol in PROTOCOLS:
-        line = [protocol]
-        for method in PROTOCOL_METHODS:
-            accuracies = values_of(rows, "accuracy", method, fraction=1.0, protocol=protocol)
-            spread = statistics.interval(accuracies)
-            line.append(f"{100 * spread.mean:.2f} ± {100 * spread.deviation:.2f}")
-            if method == OURS:
-                bars[protocol] = spread.mean, spread.deviation
-        lines.append(line)
+    found = {
+        (protocol, method): values_of(rows, "accuracy", method, fraction=1.0, protocol=protocol)
+        for protocol in PROTOCOLS
+        for method in PROTOCOL_METHODS
+    }
+    spread = {key: statistics.interval(values) for key, values in found.items() if values}
+
+    def cell(protocol: str, method: tuple[str, str]) -> str:
+        one = spread.get((protocol, method))
+        return "" if one is None else f"{100 * one.mean:.2f} ± {100 * one.deviation:.2f}"
+
     command.print_table(
         "Accuracy in percent by protocol, all training data, mean ± standard deviation over the splits",
         ("protocol", *(label(*method) for method in PROTOCOL_METHODS)),
-        lines,
+        [[protocol, *(cell(protocol, method) for method in PROTOCOL_METHODS)] for protocol in PROTOCOLS],
     )
-    title = f"Pima: {label(*OURS)} by protocol, mean and standard deviation over the splits"
+    title = "Pima: accuracy by protocol, mean and standard deviation over the splits"
     with pictures.figure(out / "pima_protocols.png", title, size=(10, 4.5)) as axes:
-        percent = {name: (100 * mean, 100 * deviation) for name, (mean, deviation) in bars.items()}
-        pictures.draw_bars(axes, percent, ["the paper's figure"], xlabel="accuracy, %", xlim=(70, 92))
+        for position, method in enumerate(PROTOCOL_METHODS):
+            shown = [protocol for protocol in PROTOCOLS if (protocol, method) in spread]
+            axes.errorbar(
+                [100 * spread[protocol, method].mean for protocol in shown],
+                [-PROTOCOLS.index(protocol) - 0.2 * (position - 1) for protocol in shown],
+                xerr=[100 * spread[protocol, method].deviation for protocol in shown],
+                label=label(*method),
+                color=pictures.COLOURS[position],
+                marker=pictures.MARKERS[position],
+                linestyle="none",
+                capsize=2,
+            )
+        axes.axvspan(100 * (PAPER[0] - PAPER[1]), 100 * (PAPER[0] + PAPER[1]), color="black", alpha=0.12)
+        axes.axvline(100 * PAPER[0], color="black", linestyle="--", linewidth=1, label="the paper's figure")
+        axes.set_yticks([-position for position in range(len(PROTOCOLS))], PROTOCOLS)
+        axes.set(xlabel="accuracy, %")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _draw_accuracy(out: Path, ranked: Any, fractions: Sequence[float], spread: Any) -> None:

@@ -23,7 +23,6 @@ ACTIVATIONS = ("ReLU", "GELU", "tanh", CHAINZRULE)
 VERSIONS = ("clean", "noisy")
 SEEDS = 5
 LITTLE = 0.1
-LITTLE_SEEDS = 3
 NOISES = (0.25, 0.5, 1.0)
 WIDTH = 64
 SETTINGS = Settings(steps=400, batch=64, learning_rate=3e-3)
@@ -43,16 +42,16 @@ VALUES = {
 
 
 def configurations(quick: bool) -> list[Row]:
-    """All runs; those on little data are made of the clean versions only, with fewer seeds."""
+    """All runs; those on little data are made of the clean versions only."""
     activations = ("ReLU", CHAINZRULE) if quick else ACTIVATIONS
     regularisers = (NONE, "dropout", DREG) if quick else (NONE, *REGULARISERS)
     datasets = ("wine",) if quick else data.NAMES
-    parts = [*((version, 1.0, SEEDS) for version in VERSIONS), ("clean", LITTLE, LITTLE_SEEDS)]
+    seeds = range(1 if quick else SEEDS)
+    versions = [*((version, 1.0) for version in VERSIONS), ("clean", LITTLE)]
     return [
         dict(zip(KEYS, (activation, regulariser, dataset, version, fraction, seed), strict=True))
-        for version, fraction, seeds in parts
-        for seed, dataset, activation, regulariser in itertools.product(
-            range(1 if quick else seeds), datasets, activations, regularisers
+        for (version, fraction), seed, dataset, activation, regulariser in itertools.product(
+            versions, seeds, datasets, activations, regularisers
         )
     ]
 

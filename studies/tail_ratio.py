@@ -99,20 +99,22 @@ def report(rows: Sequence[Row], out: Path) -> None:
                 for net, width in itertools.product(nets, widths)
             ],
         )
-    title = "Pima: tail ratio of the layer Jacobian against nonlinearity, a point for each width"
-    with pictures.figure(out / "tail_ratio.png", title, size=(8, 5)) as axes:
-        series = {
-            net: (
-                [mean(net, width, 1.0, "nonlinearity") for width in widths],
-                [mean(net, width, 1.0, "layer Jacobian") for width in widths],
-                [0.0] * len(widths),
-            )
-            for net in nets
-        }
-        pictures.draw_lines(axes, series, xlabel="nonlinearity", ylabel="p99 / mean", xscale="log")
-        for low, high, name in ((1.01, 1.02, "the papers' ChainzRule"), (1.07, 1.09, "the papers' other networks")):
-            axes.axhspan(low, high, color="black", alpha=0.12)
-            axes.text(axes.get_xlim()[0] * 1.05, (low + high) / 2, name, va="center", fontsize=8)
+    title = "Pima, all training data: tail ratio against nonlinearity, a point for each width"
+    with pictures.figure(out / "tail_ratio.png", title, 1, 2, size=(12, 4.5)) as axes:
+        for one, statistic in zip(axes, ("layer Jacobian", "slopes"), strict=True):
+            for position, net in enumerate(nets):
+                one.scatter(
+                    [mean(net, width, 1.0, "nonlinearity") for width in widths],
+                    [mean(net, width, 1.0, statistic) for width in widths],
+                    label=net,
+                    color=pictures.COLOURS[position],
+                    marker=pictures.MARKERS[position],
+                )
+            for low, high, name in ((1.01, 1.02, "the papers' ChainzRule"), (1.07, 1.09, "the papers' other networks")):
+                one.axhspan(low, high, color="black", alpha=0.12)
+                one.text(one.get_xlim()[1], (low + high) / 2, name, va="center", ha="right", fontsize=8)
+            one.set(title=statistic, xlabel="nonlinearity", ylabel="p99 / mean", ylim=(1, None))
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

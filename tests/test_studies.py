@@ -301,7 +301,7 @@ def test_pima_quick_runs_once(pima_file, tmp_path, capsys):
     pima.main(arguments)
     assert (tmp_path / "pima.csv").read_text() == first
     assert capsys.readouterr().out == table
-    assert len(first.splitlines()) == 1 + 3 * 2 * 2 + 7 * 2 * 2
+    assert len(first.splitlines()) == 1 + 3 * 2 * 2 + 8 * 2 * 2 + 4 * 2
     pictures = {"pima_fractions.png", "pima_methods.png", "pima_protocols.png", "pima_tail_ratio.png"}
     assert pictures <= {path.name for path in tmp_path.iterdir()}
 
