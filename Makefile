@@ -41,7 +41,7 @@ gpu: $(INSTALLED)
 	$(IN_VENV) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: PyTorch sees no GPU')"
 	$(IN_VENV) setup.py -q build_ext --inplace
 	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m chainzrule_kernels validate --quick --device cuda --backend triton
-	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m pytest -q -n 8 tests -k '$(GPU_TESTS)'
+	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m pytest -q -n 8 --dist loadgroup tests -k '$(GPU_TESTS)'
 	$(IN_VENV) -m bench.gpu
 
 lint: $(DEPENDABLE)

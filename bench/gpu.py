@@ -318,7 +318,8 @@ def measure(work: Work, results: dict[tuple[str, str], Result]) -> None:
     torch.manual_seed(0)
     # Of the same few functions Dynamo would otherwise keep every shape, and after eight of them compile no more.
     torch._dynamo.reset()
-    sets = [_arguments(work) for _ in range(_sets_beyond_the_cache(work))]
+    size = math.prod(work.shape) * work.dtype.itemsize * max(1, work.streams[0] // 2)
+    sets = [_arguments(work) for _ in range(_sets_beyond_the_cache(size))]
     candidates = [Candidate(name, function, work.reference, sets) for name, function in _providers(work).items()]
     candidates.append(Candidate("fused", work.fused, work.reference, sets))
     skipped = {}
@@ -376,7 +377,8 @@ def measure_convolution(work: ConvolutionWork, results: dict[tuple[str, str], Re
     if ck._native_cuda.cuda is None:
         skipped["fused"] = str(ck._native_cuda.missing_because)
         del providers["fused"]
-    sets = [drawn() for _ in range(2)]
+    size = math.prod(work.x_shape) * work.dtype.itemsize
+    sets = [drawn() for _ in range(_sets_beyond_the_cache(size))]
     first = [value.double() for value in sets[0]]
     with torch.no_grad():
         exact = ck.reference.polynomial_conv2d(first[0][:2], first[1], None, first[2], 1, work.padding)
@@ -463,8 +465,8 @@ def _operations(work: Work, stage: str, arguments: Sequence[Any]) -> int | None:
     return {"forward": 2, "backward": 4, "both": 6}[stage] * int(x.shape[0]) * int(weight.numel())
 
 
-def _sets_beyond_the_cache(work: Work) -> int:
-    size = math.prod(work.shape) * work.dtype.itemsize * max(1, work.streams[0] // 2)
+def _sets_beyond_the_cache(size: int) -> int:
+    """How many sets of inputs of this many bytes there must be for three times the L2 cache between two uses of one."""
     return max(2, 1 + -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size))
 
 
@@ -540,7 +542,7 @@ def _graph_seconds(function: Callable[..., Any], sets: Sequence[Sequence[Any]], 
 def _copy_seconds(moved: int) -> float:
     """A copy that reads and writes this many bytes in all, beyond the cache like everything else."""
     elements = moved // 2
-    count = max(2, 1 + -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // moved))
+    count = _sets_beyond_the_cache(moved)
     pairs = [
         (
             torch.ones(elements, dtype=torch.uint8, device="cuda"),
@@ -598,13 +600,15 @@ def peak_memory() -> dict[str, int]:
     """The most bytes that a forward and a backward of polynomial_dreg hold beyond the arguments."""
     work = WORKS[0]
     arguments = _arguments(work)
+    with torch.no_grad():
+        gradients = _gradients(ck.polynomial_dreg(*arguments))
     peaks = {}
     for name, function in (("fused", ck.polynomial_dreg), ("eager", ck.reference.polynomial_dreg)):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         results = function(*arguments)
-        torch.autograd.grad([result.float().sum() for result in results], _leaves(arguments))
+        torch.autograd.grad(results, _leaves(arguments), gradients)
         del results
         torch.cuda.synchronize()
         peaks[name] = torch.cuda.max_memory_allocated() - before
@@ -728,7 +732,8 @@ def print_results(results: dict[tuple[str, str], Result], overhead: dict[str, fl
     print(f"{'work':<66}{'stage':<10}{'us':>9}{'GB/s':>8}{'of copy':>9}{'spread':>8}  others, times the fused time")
     for result in results.values():
         seconds, rate, of_copy, spread = result.median("fused"), _rate(result), result.ratio("copy"), result.spread
-        others = [f"{name} {result.ratio(name):.2f}" for name in result.seconds if name not in ("fused", "copy")]
+        compared = [name for name in result.seconds if name not in ("fused", "copy")]
+        others = [f"{name} {_cell(result.ratio(name), 1, '.2f')}" for name in compared]
         print(
             f"{result.work:<66}{result.stage:<10}{_cell(seconds, 1e6, '.1f'):>9}{_cell(rate, 1, '.0f'):>8}"
             f"{_cell(of_copy, 100, '.1f', '%'):>9}{_cell(spread, 100, '.1f', '%'):>8}  {', '.join(others)}"

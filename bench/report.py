@@ -99,13 +99,13 @@ def render(results: Mapping[str, Any]) -> str:
         facts=list(_facts(run)),
         standing_columns=STANDING_COLUMNS,
         standing=[_standing(comparisons) for comparisons in _by_op(run).values()],
-        promises=[_promise(promise) for promise in run.promises],
+        promises=[_promise(promise, run.quick) for promise in run.promises],
         roofs=_roofs(run) if can_draw else [],
         ops=[_section(op, comparisons, growths, can_draw) for op, comparisons in _by_op(run).items()],
         growths=_growth_rows(growths),
         counts=_instruction_counts(),
         missing=list(_missing(run, results, can_draw)),
-        meanings={name: MEANINGS[name] for name in MEANINGS if name in _everyone(run)},
+        meanings={name: MEANINGS.get(name, "another library's function") for name in _everyone(run)},
         role=report_charts.role,
         stages=STAGES,
     )
@@ -118,8 +118,11 @@ def _by_op(run: reading.Run) -> dict[str, list[Comparison]]:
     return ops
 
 
-def _everyone(run: reading.Run) -> set[str]:
-    return {name for comparison in run.comparisons for name in reading.providers(comparison)}
+def _everyone(run: reading.Run) -> list[str]:
+    """The providers, those whose names need no explanation of their own first."""
+    names = {name for comparison in run.comparisons for name in reading.providers(comparison)}
+    known = list(MEANINGS)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def _facts(run: reading.Run) -> Iterator[tuple[str, str]]:
@@ -143,12 +146,13 @@ def _facts(run: reading.Run) -> Iterator[tuple[str, str]]:
     yield "date", run.date.replace("T", " ")
 
 
-def _promise(promise: reading.Promise) -> dict[str, str]:
-    verdict = {None: "not measured", True: "met", False: "missed"}[promise.met]
+def _promise(promise: reading.Promise, quick: bool) -> dict[str, str]:
+    """A row of the table of promises; tiny sizes keep none and break none."""
+    verdict = "not measured" if quick or promise.met is None else "met" if promise.met else "missed"
     return {
         "what": promise.what,
         "limit": f"{'at least' if promise.at_least else 'at most'} {promise.limit:g} {_unit(promise.unit)}",
-        "measured": "–" if promise.measured is None else f"{promise.measured:.3g} {_unit(promise.unit)}",
+        "measured": "–" if verdict == "not measured" else f"{promise.measured:.3g} {_unit(promise.unit)}",
         "verdict": verdict,
         "mark": {"met": "✓", "missed": "✗", "not measured": "–"}[verdict],
         "reason": promise.reason if verdict == "missed" else "",
@@ -396,10 +400,13 @@ def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def _sweeps(op: str, growths: Sequence[growth.Growth]) -> list[list[growth.Growth]]:
-    """The growths of an op, those of one sweep together; of several stages the last one, forward and backward."""
+    """The growths of an op, those of one sweep together; of several stages the last one, forward and backward.
+
+    One of the two copies is enough.
+    """
     sweeps: dict[tuple[str, str], list[growth.Growth]] = {}
     for one in growths:
-        if one.op == op:
+        if one.op == op and one.provider != "copy into a new buffer":
             sweeps.setdefault((one.sweep, one.stage), []).append(one)
     latest = dict(sweeps.keys())
     return [sweeps[sweep, stage] for sweep, stage in latest.items()]
@@ -452,9 +459,10 @@ def _missing(run: reading.Run, results: Mapping[str, Any], can_draw: bool) -> It
         found.setdefault(("broken off", str(reason)), []).append(str(where))
     for (kind, reason), places in found.items():
         yield kind, reason, places
-    unmeasured = [promise.what for promise in run.promises if promise.met is None]
+    unmeasured = [promise.what for promise in run.promises if run.quick or promise.met is None]
     if unmeasured:
-        yield "promises", "this run did not measure what they speak of", unmeasured
+        because = "tiny sizes say nothing of them" if run.quick else "this run did not measure what they speak of"
+        yield "promises", because, unmeasured
     without_bytes = sorted({one.op for one in run.comparisons if one.timings and not (one.bytes or one.operations)})
     if without_bytes:
         yield "GB/s and FLOP/s", "the result file does not say what had to be moved or computed", without_bytes

@@ -17,6 +17,12 @@ from chainzrule_kernels.cli import bench as command
 from chainzrule_kernels.cli import main
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark measures nothing in what it takes for one of several processes of a test run."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def measured(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """The exit status and the results of a quick run."""
     path = folder / "results.json"

@@ -154,9 +154,13 @@ class Page(HTMLParser):
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def test_report_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
-    path = report.write(results(), tmp_path / "new" / "folder")
-    content = path.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of :func:`results`, from a folder that was not there."""
+    return report.write(results(), tmp_path_factory.mktemp("report") / "new" / "folder").read_text(encoding="utf-8")
+
+
+def test_report_holds_everything_and_asks_for_nothing(content: str) -> None:
     page = Page(content)
     assert page.open == []
     assert len(page.names) == len(set(page.names))
@@ -181,8 +185,8 @@ def test_report_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
         assert said in page.text, said
 
 
-def test_report_says_where_ours_stands() -> None:
-    text = Page(report.render(results())).text
+def test_report_says_where_ours_stands(content: str) -> None:
+    text = Page(content).text
     assert "25× faster" in text  # eager
     assert "2× faster (another library)" in text
     assert "2× copy" in text
@@ -192,8 +196,13 @@ def test_report_says_where_ours_stands() -> None:
     assert [mark in text for mark in ("✗ missed", "✓ met", "– not measured")] == [True] * 3
 
 
-def test_pictures_are_well_formed_and_follow_the_theme() -> None:
-    content = report.render(results())
+def test_tiny_sizes_keep_no_promise_and_break_none() -> None:
+    text = Page(report.render({**results(), "quick": True})).text
+    assert "A quick run" in text
+    assert not any(mark in text for mark in ("✗ missed", "✓ met"))
+
+
+def test_pictures_are_well_formed_and_follow_the_theme(content: str) -> None:
     pictures = [part.split("</svg>")[0] + "</svg>" for part in content.split("<svg")[1:]]
     assert len(pictures) == 3
     for picture in pictures:
