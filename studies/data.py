@@ -6,6 +6,7 @@ feature) is learned from the training part alone.
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,34 @@ def split(dataset: Dataset, seed: int, fraction: float = 1.0, noisy: bool = Fals
         shift = generator.integers(1, dataset.classes, len(train_y))
         train_y = np.where(wrong, (train_y + shift) % dataset.classes, train_y)
     return as_parts(train_x, train_y, test_x, test_y, dataset.classes)
+
+
+def mnist(folder: Path) -> Parts:
+    """MNIST with its own test part; mean and deviation of all pixels of the training part make the scale.
+
+    Args:
+        folder: with the four idx files, ``train-images-idx3-ubyte`` and so on, packed by gzip or not.
+
+    Raises:
+        FileNotFoundError: when one of them is not there.
+        ValueError: when one of them is not an idx file of bytes.
+    """
+    train_x, test_x = (idx(folder, f"{part}-images-idx3-ubyte").astype(np.float32) for part in ("train", "t10k"))
+    train_y, test_y = (idx(folder, f"{part}-labels-idx1-ubyte") for part in ("train", "t10k"))
+    mean, deviation = train_x.mean(), train_x.std()
+    scaled = [((x - mean) / deviation).reshape(len(x), -1) for x in (train_x, test_x)]
+    return as_parts(scaled[0], train_y, scaled[1], test_y, int(train_y.max()) + 1)
+
+
+def idx(folder: Path, name: str) -> npt.NDArray[np.uint8]:
+    """An idx file of bytes: two zeros, 8, the number of dimensions, each size as four bytes, and the values."""
+    packed = folder / f"{name}.gz"
+    content = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
+    if content[:3] != b"\x00\x00\x08":
+        raise ValueError(f"data: {folder / name} is not an idx file of bytes; it begins with {content[:3]!r}")
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">u4", dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def as_parts(train_x: Any, train_y: Any, test_x: Any, test_y: Any, classes: int) -> Parts:

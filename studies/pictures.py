@@ -78,8 +78,14 @@ def draw_bars(
     axes.set(**labels)
 
 
-def draw_grid(axes: Any, values: Mapping[str, Mapping[str, float]], digits: int = 1, **labels: Any) -> None:
-    """A table of numbers on colours: rows by their names, then columns."""
+def draw_grid(
+    axes: Any,
+    values: Mapping[str, Mapping[str, float]],
+    digits: int = 1,
+    texts: Sequence[Sequence[str]] | None = None,
+    **labels: Any,
+) -> None:
+    """A table of numbers on colours: rows by their names, then columns; ``texts`` in place of the numbers."""
     rows, columns = list(values), list(next(iter(values.values())))
     table = [[values[row][column] for column in columns] for row in rows]
     image = axes.imshow(table, cmap="cividis", aspect="auto")
@@ -89,7 +95,7 @@ def draw_grid(axes: Any, values: Mapping[str, Mapping[str, float]], digits: int 
     middle = (image.norm.vmin + image.norm.vmax) / 2
     for y, line in enumerate(table):
         for x, value in enumerate(line):
-            axes.text(
-                x, y, f"{value:.{digits}f}", ha="center", va="center", color="black" if value > middle else "white"
-            )
+            text = f"{value:.{digits}f}" if texts is None else texts[y][x]
+            # What is not a number has no colour.
+            axes.text(x, y, text, ha="center", va="center", color="white" if value <= middle else "black")
     axes.set(**labels)
