@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from chainzrule_kernels._remembered import remembered
 from chainzrule_kernels.functions import ACTIVATION_KINDS, MAX_DEGREE
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -128,39 +130,49 @@ def check_convolution(
     dimensions: int, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any
 ) -> None:
     """The arguments of a convolution with so many spatial dimensions, as in :func:`torch.nn.functional.conv2d`."""
-    sizes = ", ".join(["L"] if dimensions == 1 else ["H", "W"])
     check_floating("x", x)
-    if x.dim() not in (dimensions + 1, dimensions + 2):
-        raise ValueError(f"x: expected shape (B, C, {sizes}) or (C, {sizes}), got {_shape(x)}")
-    channels, spatial = x.shape[-dimensions - 1], x.shape[-dimensions:]
-    _check_count("groups", groups, 1)
     check_floating("weight", weight)
-    if channels % groups != 0:
-        raise ValueError(f"groups: expected a divisor of the {channels} channels of x, got {groups}")
-    if weight.dim() != dimensions + 2 or weight.shape[1] != channels // groups or 0 in weight.shape:
-        raise ValueError(
-            f"weight: expected shape (K, {channels // groups}, *window) with {dimensions} sizes of the window, none of "
-            f"them 0, for x of shape {_shape(x)} and groups={groups}, got {_shape(weight)}"
-        )
-    if weight.shape[0] % groups != 0:
-        raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} filters of weight, got {groups}")
+    _check_windows(dimensions, x.shape, weight.shape, stride, padding, dilation, groups)
     check_same_device("weight", weight, x, "x")
     if bias is not None:
         check_floating("bias", bias)
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {_shape(bias)}")
         check_same_device("bias", bias, x, "x")
+
+
+@remembered
+def _check_windows(
+    dimensions: int, x_shape: Any, weight_shape: Any, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> None:
+    """The sizes of ``x`` and ``weight`` go together, and the windows fit into the padded ``x``."""
+    sizes = ", ".join(["L"] if dimensions == 1 else ["H", "W"])
+    if len(x_shape) not in (dimensions + 1, dimensions + 2):
+        raise ValueError(f"x: expected shape (B, C, {sizes}) or (C, {sizes}), got {_sizes(x_shape)}")
+    channels, spatial = x_shape[-dimensions - 1], x_shape[-dimensions:]
+    _check_count("groups", groups, 1)
+    if channels % groups != 0:
+        raise ValueError(f"groups: expected a divisor of the {channels} channels of x, got {groups}")
+    if len(weight_shape) != dimensions + 2 or weight_shape[1] != channels // groups or 0 in weight_shape:
+        raise ValueError(
+            f"weight: expected shape (K, {channels // groups}, *window) with {dimensions} sizes of the window, none of "
+            f"them 0, for x of shape {_sizes(x_shape)} and groups={groups}, got {_sizes(weight_shape)}"
+        )
+    if weight_shape[0] % groups != 0:
+        raise ValueError(f"groups: expected a divisor of the {weight_shape[0]} filters of weight, got {groups}")
     strides = _check_counts("stride", stride, dimensions, 1)
     dilations = _check_counts("dilation", dilation, dimensions, 1)
     pads = _check_padding(padding, dimensions, strides)
-    for axis, (size, taps) in enumerate(zip(spatial, weight.shape[2:], strict=True)):
+    for axis, (size, taps) in enumerate(zip(spatial, weight_shape[2:], strict=True)):
         reach = dilations[axis] * (taps - 1) + 1
         padded = size + (reach - 1 if padding == "same" else sum(pads[axis]))
         if padded < reach:
             raise ValueError(
                 f"x: expected at least {reach} elements, padding included, in each spatial dimension for a window of "
-                f"{taps} taps and dilation {dilations[axis]}, got {padded} in {_shape(x)}"
+                f"{taps} taps and dilation {dilations[axis]}, got {padded} in {_sizes(x_shape)}"
             )
+        if size == 0:
+            raise ValueError(f"x: expected at least one element in each spatial dimension, got {_sizes(x_shape)}")
 
 
 def _check_padding(padding: Any, dimensions: int, strides: list[int]) -> list[tuple[int, int]]:
@@ -172,6 +184,8 @@ def _check_padding(padding: Any, dimensions: int, strides: list[int]) -> list[tu
             raise ValueError(f"padding: expected numbers for a stride other than 1, got 'same' with stride {strides}")
         return [(0, 0)] * dimensions
     if isinstance(padding, (tuple, list)) and any(isinstance(entry, (tuple, list)) for entry in padding):
+        if any(isinstance(entry, (tuple, list)) and len(entry) != 2 for entry in padding):
+            raise ValueError(f"padding: expected pairs of 2 numbers, got {tuple(padding)}")
         pairs = [_check_counts("padding", entry, 2, 0) for entry in padding]
         if len(pairs) != dimensions:
             raise ValueError(f"padding: expected {dimensions} pairs, got {len(pairs)}")
@@ -183,9 +197,10 @@ def _check_counts(name: str, value: Any, count: int, least: int) -> list[int]:
     """So many whole numbers, or one for all of them."""
     if not isinstance(value, (tuple, list)):
         return [_check_count(name, value, least)] * count
-    if len(value) != count:
+    if len(value) not in (1, count):
         raise ValueError(f"{name}: expected a number or {count} numbers, got {tuple(value)}")
-    return [_check_count(name, entry, least) for entry in value]
+    counts = [_check_count(name, entry, least) for entry in value]
+    return counts * count if len(counts) < count else counts
 
 
 def _check_count(name: str, value: Any, least: int) -> int:
@@ -203,8 +218,12 @@ def check_same_device(name: str, value: Tensor, other: Tensor, other_name: str =
 
 
 def _shape(value: Tensor) -> str:
-    sizes = ", ".join(str(size) for size in value.shape)
-    return f"({sizes},)" if value.dim() == 1 else f"({sizes})"
+    return _sizes(value.shape)
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    sizes = ", ".join(str(size) for size in shape)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 
 def _dtype(value: Tensor) -> str:

@@ -31,6 +31,8 @@ Derivative = Callable[[tuple[Any, ...], tuple[bool, ...], Sequence[Tensor | None
 Tangent = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor]]
 StandIn = Callable[[tuple[Any, ...]], bool]
 
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+
 
 def never(inputs: tuple[Any, ...]) -> bool:
     """The first input is needed itself."""
@@ -77,9 +79,10 @@ class Operator:
         library.define(schema)
         self.name = schema.split("(")[0]
         self.definition = definition
+        self.python_kernel: Definition | None = None
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         eager_function, self.transformable_function = _differentiable_functions(
-            self.overload, definition, vjp, jvp, tuple(saves), arrange, stands_in
+            self.overload, self._run, definition, vjp, jvp, tuple(saves), arrange, stands_in
         )
         # Function.apply adds only checks for torch.func transforms, which __call__ has made. They take microseconds.
         self.apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
@@ -98,6 +101,21 @@ class Operator:
             return self.transformable_function.apply(*inputs)
         if _something_to_differentiate(inputs):
             return self.apply_eagerly(*inputs)
+        return self._run(*inputs)
+
+    def register_python_kernel(self, kernel: Definition) -> None:
+        """Make a function the operator's kernel for CPU tensors.
+
+        Eager calls on plain tensors go straight to it: the way through the dispatcher, from Python to C++ and back,
+        takes longer than a small convolution.
+        """
+        library.impl(self.name, kernel, "CPU")
+        self.python_kernel = kernel
+
+    def _run(self, *inputs: Any) -> Any:
+        """The kernel, in eager mode where nothing is left for autograd to do."""
+        if self.python_kernel is not None and _plain(inputs):
+            return self.python_kernel(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*inputs)
 
@@ -119,7 +137,21 @@ def _something_to_differentiate(inputs: tuple[Any, ...]) -> bool:
     """Whether an eager call must leave a trace for reverse or forward mode, or may go straight to the kernel."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    if torch.is_grad_enabled():
+        for value in inputs:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
+
+
+def _plain(inputs: tuple[Any, ...]) -> bool:
+    """Whether nobody but the kernel for CPU tensors wants to see this call: no mode, no tracer, no tensor subclass."""
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return False
+    for value in inputs:
+        if isinstance(value, Tensor) and (type(value) not in _PLAIN_TENSORS or not value.is_cpu):
+            return False
+    return True
 
 
 def _nested_forward_mode() -> bool:
@@ -130,6 +162,7 @@ def _nested_forward_mode() -> bool:
 
 def _differentiable_functions(
     overload: Any,
+    run: Definition,
     definition: Definition,
     vjp: Derivative,
     jvp: Tangent,
@@ -175,8 +208,7 @@ def _differentiable_functions(
             ctx.constants = inputs[tensor_count:]
             # An output that was not used then arrives as None rather than as a tensor of zeros.
             ctx.set_materialize_grads(False)
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = overload(*inputs)
+            outputs = run(*inputs)
             first = outputs[0] if stands_in(inputs) else inputs[0]
             tensors = (first, *inputs[1:tensor_count], *(outputs[index] for index in saves))
             ctx.save_for_backward(*tensors)

@@ -38,7 +38,7 @@ def backend(name: str) -> Iterator[None]:
 
     The choice is local to the thread. ``torch.compile`` and ``torch.export`` make it while they trace: enter the block
     before the first call of the compiled function. The reference lays out its results as PyTorch does; every other
-    backend returns contiguous ones.
+    backend returns contiguous ones, or feature maps with their channels innermost where the op says so.
     """
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or auto, got {name!r}")
@@ -73,8 +73,13 @@ def choose(op: str, z: Tensor, *rest: Any) -> str:
 def _automatic(op: str, z: Tensor, *rest: Any) -> str:
     if z.device.type == "cpu":
         return "cpu" if _native_cpu_missing() is None else "reference"
-    able = [name for name in ("cuda", "triton") if why_not(name, op, z, *rest) is None]
-    return next((name for name in able if slower(name, op, z, *rest) is None), able[0] if able else "reference")
+    able = "reference"
+    for name in ("cuda", "triton"):
+        if why_not(name, op, z, *rest) is None:
+            if slower(name, op, z, *rest) is None:
+                return name
+            able = name if able == "reference" else able
+    return able
 
 
 def why_not(name: str, op: str, z: Tensor, *rest: Any) -> str | None:

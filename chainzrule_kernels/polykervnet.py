@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from chainzrule_kernels.coefficients import check_flag
@@ -34,6 +36,11 @@ CONVOLUTION_KERNELS: dict[str, type[PolynomialConvolution]] = {
 ACTIVATION_KERNELS: dict[str, type[PolynomialActivation]] = {"react": ReactPKN, "act": ActPKN}
 
 _MAX_POOLS = {nn.MaxPool1d: nn.AvgPool1d, nn.MaxPool2d: nn.AvgPool2d, nn.MaxPool3d: nn.AvgPool3d}
+_ADAPTIVE_MAX_POOLS = {
+    nn.AdaptiveMaxPool1d: nn.AdaptiveAvgPool1d,
+    nn.AdaptiveMaxPool2d: nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool3d: nn.AdaptiveAvgPool3d,
+}
 _KNOWN_ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
@@ -41,6 +48,9 @@ _KNOWN_ACTIVATIONS = (
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 # Functions that do in a forward what a module would have been replaced for.
 _FUNCTIONS = ("relu", "relu_", "max_pool1d", "max_pool2d", "max_pool3d")
+_FUNCTION_NAMES = {
+    id(getattr(place, name)): name for place in (torch, F) for name in _FUNCTIONS if hasattr(place, name)
+}
 
 # Where the replaced module is kept; in the __dict__ of its successor, since it is not to be a part of the model.
 _ORIGINAL = "_polykervnet_original"
@@ -88,8 +98,8 @@ def to_polykervnet(
     before making the optimizer, which has to know those, and before ``torch.compile``.
 
     Args:
-        model: any module. Convolutions and activations that are modules of their own are found; a forward that calls
-            ``F.relu`` cannot be changed, and the report names it.
+        model: any module, one that was converted in parts before as well. Convolutions and activations that are modules
+            of their own are found; a forward that calls ``F.relu`` cannot be changed, and the report names it.
         kernel: ``"rpkn"``, ``"pkn"`` or ``"kerv"`` for a kernel convolution, ``"react"`` or ``"act"`` for a polynomial
             activation.
         layers: which to replace of the convolutions (of the activations for ``"react"`` and ``"act"``): names as in
@@ -128,7 +138,7 @@ def from_polykervnet(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     the parameters of the polynomials, which have no place in it.
 
     Args:
-        model: one that :func:`to_polykervnet` returned, or a copy of it.
+        model: one that :func:`to_polykervnet` returned, once or several times, or a copy of it.
         inplace: whether ``model`` itself is changed; otherwise a deep copy is.
 
     Raises:
@@ -140,11 +150,17 @@ def from_polykervnet(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     originals: dict[nn.Module, nn.Module] = {}
+    place = _floating_parameter(model)
     for module in model.modules():
         original = module.__dict__.get(_ORIGINAL)
         if original is not None:
+            earlier = original.__dict__.get(_ORIGINAL)
+            while earlier is not None:  # replaced more than once
+                original, earlier = earlier, earlier.__dict__.get(_ORIGINAL)
             if isinstance(module, PolynomialConvolution):
                 original.weight, original.bias = module.weight, module.bias
+            elif place is not None:
+                original.to(place.device, place.dtype)  # not a part of the model when that was moved
             originals[module] = original.train(module.training)
     if not originals:
         raise ValueError(f"model: expected one that to_polykervnet has converted, got a {type(model).__name__}")
@@ -199,8 +215,15 @@ class _Conversion:
         if pool:
             self._pools()
         self._functions()
+        self._earlier_rows()
         order = {name: position for position, (name, _) in enumerate(model.named_modules())}
         self.rows.sort(key=lambda row: order[row.name])
+
+    def _earlier_rows(self) -> None:
+        """What an earlier conversion replaced and this one leaves as it is."""
+        named = {row.name for row in self.rows}
+        earlier = self._model.__dict__.get(_REPORT, ())
+        self.rows += [row for row in earlier if row.became is not None and row.name not in named]
 
     def _note(self, name: str, module: nn.Module, successor: nn.Module | None, note: str = "") -> None:
         became = None if successor is None else type(successor).__name__
@@ -225,7 +248,7 @@ class _Conversion:
             self._note(name, module, None if reason else kernel.from_conv(module, **polynomial), reason or "")
 
     def _replaced_activations(self, activation: type[PolynomialActivation], polynomial: dict[str, Any]) -> None:
-        like = next((value for value in self._model.parameters() if value.is_floating_point()), None)
+        like = _floating_parameter(self._model)
         place = {} if like is None else {"device": like.device, "dtype": like.dtype}
         for name, module in self._model.named_modules():
             if isinstance(module, _KNOWN_ACTIVATIONS) or type(module) in self._activations:
@@ -243,10 +266,24 @@ class _Conversion:
                 if child in seen or not (isinstance(child, _KNOWN_ACTIVATIONS) or type(child) in self._activations):
                     continue
                 seen.add(child)
-                beside = [module for _, module in children]
-                reason = self._not_an_activation(child) or self._activation_stays(beside, position)
                 name = f"{owner_name}.{child_name}" if owner_name else child_name
+                beside = [module for _, module in children]
+                if not any(True for module in beside for _ in _layers(module)):
+                    beside, position = self._further_out(owner_name)
+                reason = self._not_an_activation(child) or self._activation_stays(beside, position)
                 self._note(name, child, None if reason else nn.Identity(), reason or "")
+
+    def _further_out(self, name: str) -> tuple[list[nn.Module], int]:
+        """What stands beside the smallest container around a module that has layers beside it, and where it stands."""
+        while name:
+            outer, _, inner = name.rpartition(".")
+            children = self._model.get_submodule(outer)._modules
+            names = [child_name for child_name, child in children.items() if child is not None]
+            beside = [child for child in children.values() if child is not None]
+            if any(True for module in beside for _ in _layers(module)):
+                return beside, names.index(inner)
+            name = outer
+        return [], 0
 
     def _activation_stays(self, beside: list[nn.Module], position: int) -> str | None:
         """Why an activation is still needed: the layer that it belongs to, the nearest one, has no kernel."""
@@ -262,19 +299,19 @@ class _Conversion:
 
     def _pools(self) -> None:
         for name, module in self._model.named_modules():
-            average: Any = _MAX_POOLS.get(type(module))
+            average: Any = _MAX_POOLS.get(type(module)) or _ADAPTIVE_MAX_POOLS.get(type(module))
             if average is not None:
                 reason = _why_no_average(module)
-                successor = (
-                    None if reason else average(module.kernel_size, module.stride, module.padding, module.ceil_mode)
-                )
-                self._note(name, module, successor, reason or "")
+                self._note(name, module, None if reason else average(*_pool_arguments(module)), reason or "")
 
     def _functions(self) -> None:
         for name, module in self._model.named_modules():
             if not type(module).__module__.startswith(("torch.nn.modules", "chainzrule_kernels.nn")):
                 for function in _called_functions(module):
                     note = f"its forward calls {function}, which cannot be replaced"
+                    self.rows.append(PolyKervNetRow(name, type(module).__name__, None, note))
+                for attribute, function in _kept_functions(module):
+                    note = f"its attribute {attribute} is the function {function}, which cannot be replaced"
                     self.rows.append(PolyKervNetRow(name, type(module).__name__, None, note))
 
 
@@ -285,10 +322,29 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 def _why_no_average(pool: Any) -> str | None:
     """Why a max-pooling has no average of the same shape."""
-    dilation = pool.dilation if isinstance(pool.dilation, tuple) else (pool.dilation,)
-    if any(value != 1 for value in dilation):
+    dilation = getattr(pool, "dilation", 1)
+    if any(value != 1 for value in (dilation if isinstance(dilation, tuple) else (dilation,))):
         return "average pooling has no dilation"
     return "average pooling returns no indices" if pool.return_indices else None
+
+
+def _pool_arguments(pool: Any) -> tuple[Any, ...]:
+    """Those with which the average pooling is made."""
+    if type(pool) in _ADAPTIVE_MAX_POOLS:
+        return (pool.output_size,)
+    return pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode
+
+
+def _floating_parameter(model: nn.Module) -> nn.Parameter | None:
+    """One that shows on which device and in which dtype the model is."""
+    return next((value for value in model.parameters() if value.is_floating_point()), None)
+
+
+def _kept_functions(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Which of :data:`_FUNCTIONS` a module keeps in an attribute, each with the attribute's name."""
+    for attribute, value in vars(module).items():
+        if id(value) in _FUNCTION_NAMES:
+            yield attribute, _FUNCTION_NAMES[id(value)]
 
 
 def _called_functions(module: nn.Module) -> list[str]:

@@ -30,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Several processes: the one that would begin a test of minutes last would leave the others without work.
+    items.sort(key=lambda item: item.path.stem != "test_triton_interpreter")
+
+
 def _targets() -> list[tuple[str, str]]:
     targets = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

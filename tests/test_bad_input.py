@@ -182,6 +182,21 @@ def test_same_padding_needs_stride_one() -> None:
         ck.polynomial_conv2d(x, weight, None, coeffs, stride=2, padding="same")
 
 
+def test_a_convolution_wants_an_image_that_is_not_empty() -> None:
+    # With enough padding the windows would fit into it; PyTorch's convolution raises a RuntimeError.
+    x, weight, coeffs = torch.ones(2, 3, 0, 5), torch.ones(4, 3, 3, 3), torch.ones(4)
+    with pytest.raises(
+        ValueError, match=r"^x: expected at least one element in each spatial dimension, got \(2, 3, 0, 5\)"
+    ):
+        ck.polynomial_conv2d(x, weight, None, coeffs, padding=2)
+
+
+def test_padding_is_a_number_or_a_pair_for_each_dimension() -> None:
+    x, weight, coeffs = torch.ones(2, 3, 4, 5), torch.ones(4, 3, 3, 3), torch.ones(4)
+    with pytest.raises(ValueError, match=r"^padding: expected pairs of 2 numbers, got \(\(1,\), \(2,\)\)"):
+        ck.polynomial_conv2d(x, weight, None, coeffs, padding=((1,), (2,)))
+
+
 def test_groups_must_divide_the_filters() -> None:
     x, weight, coeffs = torch.ones(1, 4, 6, 6), torch.ones(3, 2, 3, 3), torch.ones(4)
     with pytest.raises(ValueError, match=r"^groups: expected a divisor of the 3 filters of weight, got 2"):

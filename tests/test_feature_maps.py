@@ -124,3 +124,25 @@ def test_the_norm_is_exact_at_the_borders(kind: str, device: str) -> None:
     for image, found in zip(x, jac_sq, strict=True):
         jacobian = torch.func.jacrev(lambda i: {"relu": F.relu, "silu": F.silu}[kind](convolved(i)))(image)
         torch.testing.assert_close(found, jacobian.square().sum())
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_a_shared_polynomial_keeps_the_channels_where_the_input_has_them(rectified: bool, device: str) -> None:
+    # As elementwise operations of PyTorch do; under fake tensors too.
+    from torch._subclasses import FakeTensorMode
+
+    def function(z: Tensor, coeffs: Tensor) -> Tensor:
+        return ck.polynomial(z, coeffs, rectified=rectified)
+
+    numbers = torch.Generator().manual_seed(0)
+    coeffs = torch.randn(4, generator=numbers).to(device)
+    for shape in ((2, 5, 3, 4), (2, 5, 7), (1, 5, 1, 1)):
+        for arrange in (contiguous, channels_innermost):
+            z = arrange(torch.randn(shape, generator=numbers).to(device)).requires_grad_()
+            y = function(z, coeffs)
+            assert y.stride() == z.sin().stride()
+            torch.testing.assert_close(y, function(z.contiguous(), coeffs))
+            (gradient,) = torch.autograd.grad(y.square().sum(), z)
+            assert gradient.stride() == z.stride()
+            with FakeTensorMode() as mode:
+                assert function(mode.from_tensor(z), mode.from_tensor(coeffs)).stride() == y.stride()

@@ -305,3 +305,19 @@ def test_depth_script_writes_table_and_picture(tmp_path, capsys):
     assert len(rows) == 1 + 6 * 12
     assert (tmp_path / "gradient-norms.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("R-PKN") == 2
+
+
+def test_curves_show_where_the_test_loss_was_not_finite(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    drawn = []
+    plot = matplotlib.axes.Axes.plot
+
+    def noted(axes, x, *rest, **style):
+        drawn.append((list(x), style.get("label")))
+        return plot(axes, x, *rest, **style)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", noted)
+    rows = [training.Epoch(number, 1.0, 0.5, loss, 0.5, 1.0) for number, loss in enumerate((2.0, float("nan"), 1.0), 1)]
+    training.draw(tmp_path / "curves.png", rows, "")
+    assert ([2], "test, not finite") in drawn

@@ -263,3 +263,57 @@ def test_nothing_is_changed_when_the_conversion_fails():
     with pytest.raises(ValueError, match="degree"):
         ck.to_polykervnet(model, degree=9, inplace=True)
     assert repr(model) == before
+
+
+def test_an_activation_in_a_container_of_its_own_belongs_to_the_layer_in_front():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU()), nn.Flatten(), nn.Linear(4, 2), nn.Sequential(nn.ReLU())
+    )
+    report = {row.name: row.became for row in ck.polykervnet_report(ck.to_polykervnet(model))}
+    assert report == {"0": "RPKNConv2d", "1.0": "Identity", "4.0": None}
+
+
+def test_a_model_converted_in_parts_is_reported_and_undone_as_a_whole():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    x = images()[:, :, :9, :9].float()
+    parts = ck.to_polykervnet(ck.to_polykervnet(model, "rpkn", layers=["0"]), "kerv")
+    assert [(row.name, row.became) for row in ck.polykervnet_report(parts)] == [
+        ("0", "RPKNConv2d"), ("1", "Identity"), ("2", "KervConv2d"), ("3", "Identity"), ("4", "AvgPool2d"),
+    ]  # fmt: skip
+    assert torch.equal(ck.from_polykervnet(parts)(x), model(x))
+    # A place that was converted twice, once without and once with something in it.
+    twice = ck.to_polykervnet(ck.to_polykervnet(model), "react", activations=(nn.Identity,))
+    assert count(twice, ck.nn.ReactPKN) == 2
+    back = ck.from_polykervnet(twice)
+    assert torch.equal(back(x), model(x))
+    assert count(back, nn.ReLU) == 2
+
+
+def test_what_comes_back_is_where_the_model_is_now():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU()).eval()
+    converted = ck.to_polykervnet(model, "react", activations=(nn.PReLU,)).double()
+    back = ck.from_polykervnet(converted)
+    torch.testing.assert_close(back(images()), copy.deepcopy(model).double()(images()))
+
+
+def test_adaptive_max_pooling_becomes_adaptive_average_pooling():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d((2, 3)), nn.AdaptiveMaxPool2d(1, return_indices=True)
+    )
+    converted = ck.to_polykervnet(model)
+    assert (type(converted[1]), converted[1].output_size) == (nn.AdaptiveAvgPool2d, (2, 3))
+    assert ck.polykervnet_report(converted)[2].note == "average pooling returns no indices"
+
+
+def test_functions_in_attributes_are_reported():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.activation = F.relu
+
+        def forward(self, x):
+            return self.activation(self.conv(x))
+
+    row, _ = ck.polykervnet_report(ck.to_polykervnet(Net()))
+    assert (row.became, row.note) == (None, "its attribute activation is the function relu, which cannot be replaced")

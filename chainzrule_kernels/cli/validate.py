@@ -17,6 +17,7 @@ import torch
 
 from chainzrule_kernels import backends
 from chainzrule_kernels.cli.output import print_table, with_progress
+from chainzrule_kernels.ops import PUBLIC_OPS
 from chainzrule_kernels.testing.accuracy import Accuracy, measure
 from chainzrule_kernels.testing.cases import CASES, Case
 from chainzrule_kernels.testing.layouts import Layout
@@ -80,6 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=backends.BACKENDS,
         help="check this backend; may be repeated; default: every backend that is available",
     )
+    parser.add_argument(
+        "--op",
+        action="append",
+        choices=tuple(PUBLIC_OPS),
+        metavar="OP",
+        help=f"check this op; may be repeated; default: every one of {', '.join(PUBLIC_OPS)}",
+    )
     parser.add_argument("--quick", action="store_true", help="a few forms of each op on a few layouts")
     parser.add_argument("--device", default="cpu", help="where the tensors lie, such as cpu or cuda (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every check")
@@ -93,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     except RuntimeError as error:
         print(f"validate: {error}", file=sys.stderr)
         return NOT_AVAILABLE
-    cases = [case for case in CASES if case.representative or not arguments.quick]
+    ops = arguments.op or PUBLIC_OPS
+    cases = [case for case in CASES if case.op in ops and (case.representative or not arguments.quick)]
     records: list[Record] = []
     for case in with_progress(cases, "Validating", quiet=arguments.json):
         for layout in _layouts(case, arguments.quick):

@@ -18,16 +18,7 @@ from chainzrule_kernels.nn.jacobian_record import (
     active_record,
 )
 from chainzrule_kernels.nn.scalar_parameters import ScalarParameters
-from chainzrule_kernels.ops._feature_maps import channels_innermost
 from chainzrule_kernels.ops.polynomial.op import polynomial
-
-
-def _of_each_element(x: Tensor, coeffs: Tensor, rectified: bool) -> Tensor:
-    """The polynomial with shared coefficients; channels_last maps stay so, and are not rearranged on the way."""
-    check_z(x, "x")
-    if channels_innermost(x):
-        return polynomial(x.movedim(1, -1), coeffs, rectified=rectified).movedim(-1, 1)
-    return polynomial(x, coeffs, rectified=rectified)
 
 
 class PolynomialActivation(nn.Module):
@@ -49,7 +40,8 @@ class PolynomialActivation(nn.Module):
         record = active_record(self)
         coeffs = self.coefficients()
         if record is None:
-            return _of_each_element(x, coeffs, self.rectified)
+            check_z(x, "x")
+            return polynomial(x, coeffs, rectified=self.rectified)
         return record.polynomial(x, coeffs, self.rectified)
 
 

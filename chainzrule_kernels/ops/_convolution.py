@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chainzrule_kernels._remembered import remembered
 from chainzrule_kernels.functions import compute_dtype
 
 Numbers = int | Sequence[int]
@@ -37,6 +40,14 @@ class Geometry:
         return [min(pair) for pair in self.padding]
 
     @property
+    def even(self) -> bool:
+        """Whether the padding before and behind the image is the same."""
+        for low, high in self.padding:  # noqa: SIM110 - asked at every call
+            if low != high:
+                return False
+        return True
+
+    @property
     def padded(self) -> bool:
         """Whether some taps may fall outside the image."""
         return any(size > 0 for pair in self.padding for size in pair)
@@ -52,6 +63,7 @@ def out_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> 
     return (size + padding - dilation * (taps - 1) - 1) // stride + 1
 
 
+@remembered
 def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation: Numbers) -> Geometry:
     """The arguments of a convolution, in the one form that the rest of the package uses."""
     dimensions = len(window)
@@ -65,18 +77,22 @@ def geometry(window: Sequence[int], stride: Numbers, padding: Padding, dilation:
         pairs = [(padding, padding)] * dimensions
     else:
         pairs = [(entry, entry) if isinstance(entry, int) else entry for entry in padding]
+        if len(pairs) < dimensions:
+            pairs = pairs * dimensions
     return Geometry(strides, tuple((low, high) for low, high in pairs), dilations)
 
 
 def _for_each_dimension(value: Numbers, dimensions: int) -> tuple[int, ...]:
-    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return (value,) * dimensions
+    return tuple(value) * dimensions if len(value) < dimensions else tuple(value)
 
 
 def with_uneven_padding(x: Tensor, where: Geometry) -> Tensor:
     """``x`` with the zeros that :attr:`Geometry.even_padding` leaves out."""
-    rest = [(low - even, high - even) for (low, high), even in zip(where.padding, where.even_padding, strict=True)]
-    if not any(low or high for low, high in rest):
+    if where.even:
         return x
+    rest = [(low - even, high - even) for (low, high), even in zip(where.padding, where.even_padding, strict=True)]
     return F.pad(x, [size for pair in reversed(rest) for size in pair])
 
 
@@ -103,21 +119,67 @@ def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
         ``x`` computes; differentiable in ``weight``.
     """
     weight = weight.to(compute_dtype(x))
-    sums = weight.square().sum(1)
     if not where.padded:
-        return sums.flatten(1).sum(1)
+        return weight.square().flatten(1).sum(1)
+    sums = weight.square().sum(1)
     window = weight.shape[2:]
     size = x.shape[x.dim() - len(window) :]
     with without_autocast(x.device):
-        for dimension, windows in enumerate(where.out_size(size, window)):
-            low, _ = where.padding[dimension]
-            begin = torch.arange(windows, device=x.device) * where.stride[dimension] - low
-            tap = torch.arange(window[dimension], device=x.device) * where.dilation[dimension]
-            place = begin + tap[:, None]
-            inside = (place >= 0) & (place < size[dimension])
+        if _may_be_kept(x.device) and math.prod(window) * math.prod(where.out_size(size, window)) <= _LARGEST_KEPT:
+            kept = _inside_in_every_dimension(tuple(size), tuple(window), where, sums.dtype)
+            return (sums.flatten(1) @ kept).unflatten(1, where.out_size(size, window))
+        for dimension in range(len(window)):
+            inside = _inside(size[dimension], window[dimension], where, dimension, x.device)
             # The first dimension behind K is the one whose taps are summed; its windows go to the end.
             sums = sums.movedim(1, -1) @ inside.to(sums.dtype)
     return sums
+
+
+def _inside(size: int, taps: int, where: Geometry, dimension: int, device: torch.device) -> Tensor:
+    """``(taps, windows)``: whether each tap of each window falls inside the image, in one dimension."""
+    low, high = where.padding[dimension]
+    stride, dilation = where.stride[dimension], where.dilation[dimension]
+    windows = out_size(size, taps, stride, low + high, dilation)
+    begin = torch.arange(windows, device=device) * stride - low
+    place = begin + torch.arange(taps, device=device)[:, None] * dilation
+    return (place >= 0) & (place < size)
+
+
+_LARGEST_KEPT = 2**18
+"""How many numbers :func:`_inside_in_every_dimension` may have. The product with them costs as much as the convolution
+of one image with one channel."""
+
+
+@lru_cache(maxsize=32)
+def _inside_in_every_dimension(
+    size: tuple[int, ...], window: tuple[int, ...], where: Geometry, dtype: torch.dtype
+) -> Tensor:
+    """``(taps of the window, elements of a result's channel)``: 1 where the tap falls inside the image, otherwise 0."""
+    # Whoever calls first may be in inference mode, and who comes next may not.
+    with torch.inference_mode(False):
+        inside = torch.ones(1, 1, dtype=dtype)
+        for dimension, (length, taps) in enumerate(zip(size, window, strict=True)):
+            of_dimension = _inside(length, taps, where, dimension, inside.device)
+            inside = torch.kron(inside, of_dimension.to(dtype))
+        return inside
+
+
+def _may_be_kept(device: torch.device) -> bool:
+    """Whether a tensor made now may serve later calls: not one that a trace or a transform of PyTorch wraps.
+
+    Nor one on a GPU, whose memory may belong to a CUDA graph.
+    """
+    return (
+        device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``; one that has it already costs no call of PyTorch."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -133,5 +195,7 @@ def dtype_of_convolution(x: Tensor) -> torch.dtype:
 
 
 def _autocast(device: torch.device) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     # Of devices that have none, such as meta, PyTorch refuses to say whether it is enabled.
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chainzrule_kernels._registration import library
 from chainzrule_kernels.functions import compute_dtype
-from chainzrule_kernels.ops._convolution import convolved, without_autocast
-from chainzrule_kernels.ops._convolution_operator import innermost, out_shape
+from chainzrule_kernels.ops._convolution import convolved, in_dtype, without_autocast
+from chainzrule_kernels.ops._convolution_operator import innermost, operator, out_shape
 
 ELEMENTS_AT_ONCE = 1 << 22
 """Of the result of one call for the whole batch: 16 MiB of float32. A block would be copied to its place in ``y``."""
@@ -26,7 +25,9 @@ ELEMENTS_AT_ONCE = 1 << 22
 ELEMENTS_PER_BLOCK = 1 << 21
 """Of the result: 8 MiB of float32, which a third-level cache holds. Smaller blocks cost more calls than they save."""
 
-_private = torch.ops.chainzrule_kernels
+# The overloads themselves: to find them at each call costs as much as a small convolution's polynomial.
+_empty_for_results = torch.ops.chainzrule_kernels._empty_for_results.default
+_apply_polynomial = torch.ops.chainzrule_kernels._polynomial_convolution_block.default
 BlockConvolution = Callable[[Tensor], Tensor]
 
 
@@ -41,15 +42,15 @@ def polynomial_convolution(
     channels_last = innermost(x, weight)
     jac_sq = x.new_empty(batch if with_norm else 0, dtype=dtype)
     per_sample = max(1, math.prod(shape[1:]))
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    coeffs = coeffs.to(dtype).contiguous()
-    tap_sq = None if tap_sq is None else tap_sq.to(dtype)
+    weight = in_dtype(weight, dtype)
+    bias = None if bias is None else in_dtype(bias, dtype).contiguous()
+    coeffs = in_dtype(coeffs, dtype).contiguous()
+    tap_sq = None if tap_sq is None else in_dtype(tap_sq, dtype)
     with without_autocast(x.device):
         if x.dtype == dtype and 0 < batch * per_sample <= ELEMENTS_AT_ONCE:
             s = _laid_out(convolved(x, weight, bias, *where), channels_last)
             y = _empty(x, shape, channels_last) if keep_s else s
-            _private._polynomial_convolution_block(s, tap_sq, coeffs, y, jac_sq if with_norm else None, None)
+            _apply_polynomial(s, tap_sq, coeffs, y, jac_sq if with_norm else None, None)
             return y, jac_sq, s if keep_s else x.new_empty(0)
         y = _empty(x, shape, channels_last)
         s = _empty(x, shape, channels_last) if keep_s else x.new_empty(0)
@@ -57,7 +58,7 @@ def polynomial_convolution(
         convolve = _block_convolution(x, weight, bias, block, channels_last, *where)
         for begin in range(0, batch, block):
             count = min(block, batch - begin)
-            _private._polynomial_convolution_block(
+            _apply_polynomial(
                 convolve(x.narrow(0, begin, count).to(dtype)),
                 tap_sq,
                 coeffs,
@@ -70,8 +71,8 @@ def polynomial_convolution(
 
 def _empty(x: Tensor, shape: list[int], channels_last: bool) -> Tensor:
     if channels_last:
-        return _private._empty_for_results(x, [shape[0], *shape[2:], shape[1]]).movedim(-1, 1)
-    return _private._empty_for_results(x, shape)
+        return _empty_for_results(x, [shape[0], *shape[2:], shape[1]]).movedim(-1, 1)
+    return _empty_for_results(x, shape)
 
 
 def _block_convolution(
@@ -124,4 +125,4 @@ def _laid_out(s: Tensor, channels_last: bool) -> Tensor:
 
 def register() -> None:
     """Make this the operator's kernel for CPU tensors. The compiled module must be loaded."""
-    library.impl("polynomial_convolution", polynomial_convolution, "CPU")
+    operator.register_python_kernel(polynomial_convolution)

@@ -13,6 +13,7 @@ from chainzrule_kernels.ops._convolution import (
     convolved,
     dtype_of_convolution,
     geometry,
+    in_dtype,
     squared_taps,
     with_uneven_padding,
     without_autocast,
@@ -42,13 +43,15 @@ def operator_arguments(
     where = geometry(weight.shape[2:], stride, padding, dilation)
     if x.dim() < weight.dim():
         x = x.unsqueeze(0)
-    x = x.to(dtype)
-    with without_autocast(x.device):
-        tap_sq = squared_taps(weight, x, where) if with_norm else None
+    x = in_dtype(x, dtype)
+    tap_sq = None
+    if with_norm:
+        with without_autocast(x.device):
+            tap_sq = squared_taps(weight, x, where)
     return (
         with_uneven_padding(x, where),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
+        in_dtype(weight, dtype),
+        None if bias is None else in_dtype(bias, dtype),
         coeffs,
         tap_sq,
         list(where.stride),

@@ -88,12 +88,10 @@ def _arrange(inputs: tuple[Any, ...], output: Tensor) -> Tensor:
 
 def out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
     """The shape of ``s`` and ``y``."""
-    where = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    return [
-        x.shape[0],
-        weight.shape[0],
-        *(out_size(size, taps, step, 2 * pad, apart) for size, taps, step, pad, apart in where),
-    ]
+    shape = [x.shape[0], weight.shape[0]]
+    for size, taps, step, pad, apart in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
+        shape.append(out_size(size, taps, step, 2 * pad, apart))
+    return shape
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Any, coeffs: Any, tap_sq: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,7 +41,7 @@ _MOMO_ATTRIBUTES = ("_number_steps", "loss_avg", "lb")
 class Settings:
     """What determines a run, apart from the data."""
 
-    depth: int = 18
+    depth: int = 10
     width: int = 64
     kernel: str = "rpkn"
     batch_norm: bool = True
@@ -447,6 +447,9 @@ def draw(path: Path, history: Iterable[Epoch], title: str) -> None:
         figure.suptitle(title, fontsize=12)
         loss.plot(epochs, [row.train_loss for row in rows], color=training, marker=marker, label="training")
         loss.plot(epochs, [row.test_loss for row in rows], color=test, marker=marker, label="test, cross entropy")
+        if overflown := [row.epoch for row in rows if not math.isfinite(row.test_loss)]:
+            top = loss.get_xaxis_transform()  # epochs to the right; upwards, parts of the height
+            loss.plot(overflown, [1.0] * len(overflown), "x", color=test, transform=top, label="test, not finite")
         accuracy.plot(
             epochs, [100 * row.train_accuracy for row in rows], color=training, marker=marker, label="training"
         )

@@ -12,6 +12,7 @@ from chainzrule_kernels import _checks, backends
 from chainzrule_kernels._registration import Operator
 from chainzrule_kernels.functions import compute_dtype, polynomial_of
 from chainzrule_kernels.ops import _dreg_calculus
+from chainzrule_kernels.ops._feature_maps import channels_innermost
 from chainzrule_kernels.ops.polynomial import definition
 from chainzrule_kernels.ops.polynomial_dreg.op import operators as dreg_operators
 
@@ -27,7 +28,8 @@ def polynomial(z: Tensor, coeffs: Tensor, *, rectified: bool = False) -> Tensor:
             are then 0 for ``z <= 0``, as those of PyTorch's relu.
 
     Returns:
-        ``y``, contiguous, with the shape and dtype of ``z``. Arithmetic is in float32 (float64 for float64 ``z``), by
+        ``y`` with the shape and dtype of ``z``; contiguous, except that with shared coefficients feature maps keep
+        their channels innermost (``torch.channels_last``). Arithmetic is in float32 (float64 for float64 ``z``), by
         Horner's rule.
 
     Raises:
@@ -36,6 +38,9 @@ def polynomial(z: Tensor, coeffs: Tensor, *, rectified: bool = False) -> Tensor:
     Differentiable any number of times in ``z`` and ``coeffs``; only ``z`` is saved for the backward.
     """
     check(z, coeffs, rectified=rectified)
+    if coeffs.dim() == 1 and channels_innermost(z):
+        # Every element is treated alike, so that the channels may as well be in the last dimension.
+        return polynomial(z.movedim(1, -1), coeffs, rectified=rectified).movedim(-1, 1)
     if backends.choose("polynomial", z) == "reference":
         return definition.polynomial(z, coeffs, rectified=rectified)
     return operator(z, coeffs, rectified)

@@ -1,0 +1,227 @@
+"""Measures every op against eager PyTorch, torch.compile, other libraries and a copy of the bytes that it must move.
+
+The suites are those of ``bench/`` in the repository; docs/performance.md says how they measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import chainzrule_kernels as ck
+from chainzrule_kernels.cli.output import print_table
+
+if TYPE_CHECKING:
+    from bench.suites import Run
+
+MEASURED, FAILED, NOT_AVAILABLE = 0, 1, 2
+
+_NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
+_REPOSITORY = Path(ck.__file__).resolve().parents[1]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``bench``."""
+    parser.add_argument("--suite", nargs="+", action="extend", metavar="NAME", help="only these suites")
+    parser.add_argument("--list", action="store_true", help="print the names of the suites and do nothing else")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (default: cpu)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; keeps nothing")
+    parser.add_argument(
+        "--repeat", type=_positive, default=1, metavar="N", help="the whole N times, each in a process of its own"
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON, or print them without FILE"
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="append a row for each figure to this file, beside those of other runs"
+    )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="draw the results: one HTML file in this folder")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="compare two JSON files and measure nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and record.
+
+    Without ``--quick`` and ``--json`` the run goes into the history: rows of ``bench/results/measurements.csv``, and a
+    JSON file beside it when every suite was run.
+
+    The exit status is 0 when all was measured, 1 when an answer of this package was wrong, a measurement broke off or,
+    with ``--compare``, something became slower beyond the noise, and 2 when it cannot run as asked.
+    """
+    because = _missing_because()
+    if because is not None:
+        print(f"bench: {because}", file=sys.stderr)
+        return NOT_AVAILABLE
+    if arguments.compare is not None:
+        return _compare(*arguments.compare)
+
+    from bench import reading, record, suites
+
+    available = suites.available()
+    if arguments.list:
+        print_table("Suites", ("name", "what it measures"), list(available.items()))
+        return MEASURED
+    unknown = [name for name in arguments.suite or () if name not in available]
+    if unknown:
+        print(f"bench: there is no suite {unknown[0]}; there are {', '.join(available)}", file=sys.stderr)
+        return NOT_AVAILABLE
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("bench: --device cuda: PyTorch sees no GPU", file=sys.stderr)
+        return NOT_AVAILABLE
+    names = [name for name in available if arguments.suite is None or name in arguments.suite]
+    if arguments.device == "cuda" and not any(_is_on_gpu(name) for name in names):
+        print(f"bench: --device cuda: nothing is measured there of {', '.join(names)}", file=sys.stderr)
+        return NOT_AVAILABLE
+    start = time.perf_counter()
+    content = _measured(arguments, names)
+    content["seconds"] = round(time.perf_counter() - start, 1)
+    if arguments.json != "-":
+        record.show(content, whole=arguments.suite is None)
+        print(f"{len(reading.read(content).comparisons)} comparisons in {content['seconds']} s")
+    for name, error in content["errors"].items():
+        print(f"bench: {name} broke off: {error}", file=sys.stderr)
+    _keep(arguments, content)
+    return FAILED if content["errors"] or _is_wrong(content) else MEASURED
+
+
+def _missing_because() -> str | None:
+    """Why the suites cannot run here, or None; the folder of the suites can be imported from then on."""
+    if not (_REPOSITORY / "bench" / "suites.py").exists():
+        return (
+            "the suites are in the repository of this package, in bench/, and not in an installed package: "
+            "run this in a checkout"
+        )
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return (
+            f"needs {', '.join(missing)}, which the package does not install by itself: "
+            "pip install 'chainzrule_kernels[bench]'"
+        )
+    if str(_REPOSITORY) not in sys.path:
+        sys.path.insert(0, str(_REPOSITORY))
+    return None
+
+
+def _is_on_gpu(suite: str) -> bool:
+    from bench import gpu
+
+    return any(name.startswith(f"{suite},") for name in gpu.names())
+
+
+def _measured(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """What a run came to, as the JSON file has it."""
+    from bench import record, suites
+
+    if arguments.device == "cuda":
+        from bench import gpu
+
+        repetitions = 1 if arguments.quick else max(2, arguments.repeat)
+        return gpu.run(lambda work: work.partition(",")[0] in names, repetitions, arguments.quick).as_json()
+    if arguments.repeat == 1:
+        with _progress() as one:
+            suites.measure(names, arguments.quick, one)
+        return record.as_json(one.results, arguments.quick, one.errors)
+    return record.merged(_repetitions(arguments, names))
+
+
+def _repetitions(arguments: argparse.Namespace, names: list[str]) -> Iterator[dict[str, Any]]:
+    """The same run several times, each in a new process: what differs from process to process belongs to the noise."""
+    command = [sys.executable, "-m", "chainzrule_kernels", "bench"]
+    command += ["--suite", *names] + (["--quick"] if arguments.quick else [])
+    with tempfile.TemporaryDirectory() as folder:
+        for repetition in range(arguments.repeat):
+            path = Path(folder) / f"{repetition}.json"
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            subprocess.run([*command, "--json", str(path)], env=environment, stdout=subprocess.DEVNULL, check=False)
+            yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def _keep(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
+    """Write what was asked for; the messages go where the JSON object does not."""
+    from bench import record, table
+
+    messages = sys.stderr if arguments.json == "-" else sys.stdout
+    history = None if arguments.quick or arguments.json is not None else _REPOSITORY / "bench" / "results"
+    if arguments.json == "-":
+        print(json.dumps(content, indent=1))
+    elif arguments.json is not None:
+        Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {arguments.json}", file=messages)
+    elif history is not None and arguments.suite is None:
+        print(f"written to {record.write(content, history)}", file=messages)
+    rows = arguments.csv or (None if history is None else history / "measurements.csv")
+    if rows is not None:
+        try:
+            table.append(content, rows)
+        except ValueError as error:
+            # The measurements are made and written already.
+            print(f"bench: no rows appended: {error}", file=sys.stderr)
+        else:
+            print(f"rows appended to {rows}", file=messages)
+    if arguments.report is not None:
+        from bench import report
+
+        print(f"report: {report.write(content, arguments.report)}", file=messages)
+
+
+def _compare(before: Path, after: Path) -> int:
+    """Print what became of each time from one file to the other."""
+    from bench import comparison
+
+    try:
+        contents = [json.loads(path.read_text(encoding="utf-8")) for path in (before, after)]
+    except (OSError, ValueError) as error:
+        print(f"bench: --compare: {error}", file=sys.stderr)
+        return NOT_AVAILABLE
+    for line in comparison.lines(*contents):
+        print(line)
+    return FAILED if comparison.is_slower(*contents) else MEASURED
+
+
+def _is_wrong(content: Mapping[str, Any]) -> bool:
+    """Whether an answer of this package was wrong."""
+    from bench import reading
+
+    return any(set(reading.OURS) & comparison.failures.keys() for comparison in reading.read(content).comparisons)
+
+
+@contextmanager
+def _progress() -> Iterator[Run]:
+    """A run that shows on a terminal what it measures and how far it is."""
+    from bench.suites import Run
+
+    if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
+        yield Run()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("collecting")
+        yield Run(
+            on_start=lambda count: progress.update(task, total=count),
+            on_measurement=lambda name: progress.update(task, description=name),
+            on_end=lambda: progress.advance(task),
+        )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
