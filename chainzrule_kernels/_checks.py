@@ -186,9 +186,9 @@ def _check_padding(padding: Any, dimensions: int, strides: list[int]) -> list[tu
     if isinstance(padding, (tuple, list)) and any(isinstance(entry, (tuple, list)) for entry in padding):
         if any(isinstance(entry, (tuple, list)) and len(entry) != 2 for entry in padding):
             raise ValueError(f"padding: expected pairs of 2 numbers, got {tuple(padding)}")
-        if len(padding) != dimensions:
-            raise ValueError(f"padding: expected {dimensions} pairs, got {len(padding)}")
         pairs = [_check_counts("padding", entry, 2, 0) for entry in padding]
+        if len(pairs) != dimensions:
+            raise ValueError(f"padding: expected {dimensions} pairs, got {len(pairs)}")
         return [(low, high) for low, high in pairs]
     return [(pad, pad) for pad in _check_counts("padding", padding, dimensions, 0)]
 

@@ -232,6 +232,29 @@ def test_quick_gives_way_to_what_is_asked_for():
     assert polykervnet.settings_of(polykervnet.parse([])) == Settings()
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_ends_the_run(clip):
+    model = nn.Linear(1, 1, bias=False)
+    learner = training.Learner(model, replace(TINY, clip=clip), 10)
+    before = model.weight.detach().clone()
+    with pytest.raises(training.Divergence, match="the gradient's norm is nan at step 3") as found:
+        # A loss of 0 whose slope is 0 times infinity.
+        learner.step((model.weight * 0).sum().sqrt(), 2)
+    assert found.value.step == 3
+    assert torch.equal(model.weight, before)
+    with pytest.raises(training.Divergence, match="the loss is inf at step 1"):
+        learner.step(model.weight.abs().sum() / 0, 0)
+
+
+def test_a_run_from_given_weights_and_without_batch_norm(digits, tmp_path):
+    settings = replace(TINY, kernel="rpkn", batch_norm=False)
+    _, twin = training.make_model(replace(settings, seed=5), digits)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in twin.modules())
+    run = Run(settings, digits, tmp_path, CPU, twin.state_dict())
+    state = run.learners["student"].model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in twin.state_dict().items())
+
+
 def test_resnet_has_the_layers_of_its_depth():
     for layers in (10, 18, 34, 50):
         model = ResNet(layers, width=2)
@@ -288,9 +311,13 @@ def test_curves_show_where_the_test_loss_was_not_finite(tmp_path, monkeypatch):
     import matplotlib.axes
 
     drawn = []
-    monkeypatch.setattr(
-        matplotlib.axes.Axes, "plot", lambda axes, x, *rest, label=None, **style: drawn.append((list(x), label))
-    )
+    plot = matplotlib.axes.Axes.plot
+
+    def noted(axes, x, *rest, **style):
+        drawn.append((list(x), style.get("label")))
+        return plot(axes, x, *rest, **style)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", noted)
     rows = [training.Epoch(number, 1.0, 0.5, loss, 0.5, 1.0) for number, loss in enumerate((2.0, float("nan"), 1.0), 1)]
     training.draw(tmp_path / "curves.png", rows, "")
     assert ([2], "test, not finite") in drawn
