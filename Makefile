@@ -33,7 +33,7 @@ test: $(INSTALLED)
 	$(IN_VENV) -m pytest -q -n 2 --dist worksteal tests
 
 bench: $(INSTALLED)
-	$(IN_VENV) -m pytest -q bench $(if $(QUICK),--quick)
+	$(IN_VENV) -m chainzrule_kernels bench $(if $(QUICK),--quick) --report bench-report
 
 # Everything on a GPU in one go, in under ten minutes; the short table comes last. Where PyTorch is installed already:
 # make gpu IN_VENV=python3 INSTALLED=, with CHAINZRULE_KERNELS_CUTLASS_DIR if nvidia-cutlass is not installed.
@@ -41,7 +41,7 @@ gpu: $(INSTALLED)
 	$(IN_VENV) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: PyTorch sees no GPU')"
 	$(IN_VENV) setup.py -q build_ext --inplace
 	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m chainzrule_kernels validate --quick --device cuda --backend triton
-	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m pytest -q -n 8 tests -k '$(GPU_TESTS)'
+	CHAINZRULE_KERNELS_COMPILE_AHEAD=0 $(IN_VENV) -m pytest -q -n 8 --dist loadgroup tests -k '$(GPU_TESTS)'
 	$(IN_VENV) -m bench.gpu
 
 lint: $(DEPENDABLE)
@@ -67,7 +67,7 @@ sanitize: $(INSTALLED)
 	    $(SANITIZED_TESTS) tests
 
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info chainzrule_kernels/*.so
+	rm -rf $(VENV) build dist demo-output bench-report *.egg-info chainzrule_kernels/*.so
 	rm -rf .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import chainzrule_kernels as ck
-from bench.bounds import OVERHEAD_CALLS
+from bench.bounds import OVERHEAD_CALLS, OVERHEAD_LABEL
+from bench.measure import Comparison
 from bench.providers import Provider
 
 CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
@@ -34,4 +35,4 @@ def test_call_overhead(compare: Callable[..., None], op: str, recording: bool) -
         return run
 
     providers = [Provider("F.gelu", calls(lambda z, coeffs: F.gelu(z))), Provider("fused", calls(CALLS[op]))]
-    compare(op, "1x64", "recording" if recording else "forward", providers)
+    compare(Comparison(op, OVERHEAD_LABEL, "recording" if recording else "forward"), providers)

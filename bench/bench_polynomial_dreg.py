@@ -1,32 +1,37 @@
-"""``polynomial_dreg`` at every size; at the main one also with shared coefficients, and its memory."""
+"""``polynomial_dreg`` at several sizes and real models' shapes; over rows, channels and degrees."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
+import pytest
 
-from bench import measure, workloads
+from bench import workloads
+from bench.workloads import Size
 
 
-def test_polynomial_dreg(compare: Callable[..., None], size: workloads.Size, stage: str) -> None:
+def test_polynomial_dreg(compare: Callable[..., None], size: Size, stage: str) -> None:
     compare(workloads.polynomial_dreg(size), stage)
 
 
-def test_shared_coefficients(compare: Callable[..., None], main_size: workloads.Size, stage: str) -> None:
+def test_shared_coefficients(compare: Callable[..., None], main_size: Size, stage: str) -> None:
     compare(workloads.polynomial_dreg(main_size, shared=True), stage)
 
 
-def test_memory(remember: Callable[..., None], main_size: workloads.Size) -> None:
-    workload = workloads.polynomial_dreg(main_size)
-    leaves = [value.requires_grad_() for value in workload.arguments]
+@pytest.mark.parametrize("model", [workloads.GPT_2, workloads.CHAINZRULE], ids=str)
+def test_models(compare: Callable[..., None], shrunk: Callable[[Size], Size], model: Size, stage: str) -> None:
+    compare(workloads.polynomial_dreg(shrunk(model)), stage)
 
-    def step(function: Callable[..., Any]) -> Any:
-        return torch.autograd.grad(function(*leaves), leaves, workload.gradients)
 
-    peak_bytes = {
-        "eager": measure.peak_allocation(lambda: step(workload.reference)),
-        "fused": measure.peak_allocation(lambda: step(workload.fused)),
-    }
-    remember(measure.Comparison(workload.op, workload.label, "memory", peak_bytes=peak_bytes))
+@pytest.mark.parametrize("point", [*workloads.BATCH_SWEEP, *workloads.WIDTH_SWEEP], ids=str)
+def test_over_sizes(
+    compare: Callable[..., None], shrunk: Callable[[Size], Size], point: Size, sweep_stage: str
+) -> None:
+    compare(workloads.polynomial_dreg(shrunk(point)), sweep_stage)
+
+
+@pytest.mark.parametrize("degree", workloads.DEGREE_SWEEP)
+def test_over_degrees(
+    compare: Callable[..., None], shrunk: Callable[[Size], Size], degree: int, sweep_stage: str
+) -> None:
+    compare(workloads.polynomial_dreg_of_degree(degree, shrunk(workloads.DEGREE_SIZE)), sweep_stage)

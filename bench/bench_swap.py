@@ -51,11 +51,10 @@ def test_swap(compare: Callable[..., None], main_size: Size, way: str) -> None:
     exact = work(copy.deepcopy(models["plain"]).double(), x.double())
     check = partial(disagreement, exact=exact, tolerance=TOLERANCE)
     providers = [Provider(name, partial(work, model, x), check=check) for name, model in models.items()]
-    compare("swap", f"{main_size}, feed-forward", way, providers)
+    compare(measure.Comparison("swap", f"{main_size}, feed-forward", way), providers)
 
 
-def test_memory(remember: Callable[..., None], main_size: Size) -> None:
+def test_memory_of_evaluation(remember: Callable[..., None], main_size: Size) -> None:
     models, x = plain_and_swapped(main_size)
-    for way, work in WAYS.items():
-        peak_bytes = {name: measure.peak_allocation(partial(work, model, x)) for name, model in models.items()}
-        remember(measure.Comparison("swap", f"{main_size}, feed-forward", f"memory, {way}", peak_bytes=peak_bytes))
+    peak_bytes = {name: measure.peak_allocation(partial(evaluation, model, x)) for name, model in models.items()}
+    remember(measure.Comparison("swap", f"{main_size}, feed-forward", "memory, forward", peak_bytes=peak_bytes))

@@ -14,13 +14,17 @@ from torch import Tensor
 
 import chainzrule_kernels as ck
 from bench import measure
-from bench.networks import CLASSES, NETWORKS, Example
+from bench.networks import CLASSES, NETWORKS, Example, chainzrule
 from bench.providers import Provider, disagreement
 from bench.workloads import Size
 
 STRENGTH = 10**-2.5
 # Gradients come through several layers here, so that rounding has more room to grow than in one op.
 TOLERANCE = 1e-3
+
+DEPTHS = (1, 2, 4, 8)
+DEPTH_SIZE = Size("depth sweep", 512, 256)
+BATCHES = tuple(Size("batch sweep", rows, 256, sweep="batch") for rows in (256, 512, 1024, 2048))
 
 Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From the input, the output and the loss of each sample to a term of the loss."""
@@ -71,9 +75,10 @@ class Step:
         return [loss.detach(), *gradients]
 
 
-def example_and_penalties(network: str, size: Size) -> tuple[Example, dict[str, Penalty | None]]:
+def example_and_penalties(network: str, size: Size, depth: int = 2) -> tuple[Example, dict[str, Penalty | None]]:
+    """``depth`` is that of the ChainzRule net."""
     torch.manual_seed(0)
-    model, x, target = NETWORKS[network](size)
+    model, x, target = chainzrule(size, depth) if network == "ChainzRule" else NETWORKS[network](size)
     projection = F.normalize(torch.randn(len(x), CLASSES), dim=-1)
     penalties: dict[str, Penalty | None] = {
         "without DREG": no_penalty,
@@ -94,27 +99,71 @@ def label_of(network: str, size: Size) -> str:
     return str(size) if network == "ChainzRule" else f"{size}, {network}"
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_training_step(compare: Callable[..., None], main_size: Size, network: str) -> None:
-    example, penalties = example_and_penalties(network, main_size)
+def providers_of(example: Example, penalties: dict[str, Penalty | None]) -> list[Provider]:
+    """A step with each penalty; DREG once more with every op in plain PyTorch, and fused."""
     providers = []
     for name, penalty in penalties.items():
         with ck.backend("reference"):
             exact = Step(in_double(example), penalty)()
         check = partial(disagreement, exact=exact, tolerance=TOLERANCE)
+        if penalty is None:
+            providers.append(Provider("eager", partial(in_plain_pytorch, Step(example, penalty)), check=check))
         providers.append(Provider(name, Step(example, penalty), check=check))
-    compare("training step", label_of(network, main_size), "both", providers)
+    return providers
+
+
+def in_plain_pytorch(step: Step, _: Any = None) -> list[Tensor]:
+    with ck.backend("reference"):
+        return step()
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_memory(remember: Callable[..., None], main_size: Size, network: str) -> None:
+def test_training_step(compare: Callable[..., None], main_size: Size, network: str) -> None:
     example, penalties = example_and_penalties(network, main_size)
+    comparison = measure.Comparison("training step", label_of(network, main_size), "both", model=network)
+    compare(comparison, providers_of(example, penalties))
 
-    def eager() -> None:
-        with ck.backend("reference"):
-            step()
 
-    step = Step(example, None)
-    peak_bytes = {"eager": measure.peak_allocation(eager)}
-    peak_bytes |= {name: measure.peak_allocation(Step(example, penalty)) for name, penalty in penalties.items()}
-    remember(measure.Comparison("training step", label_of(network, main_size), "memory", peak_bytes=peak_bytes))
+def only_dreg(penalties: dict[str, Penalty | None]) -> dict[str, Penalty | None]:
+    """The step without a penalty and the one with DREG: what a sweep measures."""
+    return {name: penalties[name] for name in ("without DREG", "fused")}
+
+
+def operations_of_products(example: Example) -> int:
+    """Of the matrix products of a step: one for each layer's output, its weight's gradient and its input's.
+
+    The first layer is narrower and its input needs no gradient, so that they do not go as the depth.
+    """
+    model, x, _ = example
+    weights = [parameter.numel() for name, parameter in model.named_parameters() if name.endswith("weight")]
+    return 2 * len(x) * (3 * sum(weights) - weights[0])
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_over_depths(compare: Callable[..., None], shrunk: Callable[[Size], Size], depth: int) -> None:
+    size = shrunk(DEPTH_SIZE)
+    example, penalties = example_and_penalties("ChainzRule", size, depth)
+    comparison = measure.Comparison(
+        "training step",
+        f"{size}, depth {depth}",
+        "both",
+        operations=operations_of_products(example),
+        sweep="depth",
+        position=depth,
+    )
+    compare(comparison, providers_of(example, only_dreg(penalties)))
+
+
+@pytest.mark.parametrize("point", BATCHES, ids=str)
+def test_over_batches(compare: Callable[..., None], shrunk: Callable[[Size], Size], point: Size) -> None:
+    size = shrunk(point)
+    example, penalties = example_and_penalties("ChainzRule", size)
+    comparison = measure.Comparison(
+        "training step",
+        str(size),
+        "both",
+        operations=operations_of_products(example),
+        sweep=size.sweep,
+        position=size.position,
+    )
+    compare(comparison, providers_of(example, only_dreg(penalties)))

@@ -14,6 +14,9 @@ Results = Mapping[tuple[str, str, str], Comparison]
 OVERHEAD_CALLS = 1000
 """How many calls a timing of the call overhead comprises."""
 
+OVERHEAD_LABEL = "1x64"
+"""What they are called with."""
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -61,7 +64,7 @@ def _ratio(
 
 def _overhead(op: str, stage: str) -> Callable[[Results], float | None]:
     def microseconds(results: Results) -> float | None:
-        comparison = results.get((op, "1x64", stage))
+        comparison = results.get((op, OVERHEAD_LABEL, stage))
         if comparison is None or not {"fused", "F.gelu"} <= comparison.timings.keys():
             return None
         seconds = comparison.timings["fused"].median - comparison.timings["F.gelu"].median
@@ -72,8 +75,8 @@ def _overhead(op: str, stage: str) -> Callable[[Results], float | None]:
 
 def _memory(op: str) -> Callable[[Results], float | None]:
     def measured(results: Results) -> float | None:
-        comparison = _at_main_size(results, op, "memory")
-        if comparison is None:
+        comparison = _at_main_size(results, op, "both")
+        if comparison is None or not {"fused", "eager"} <= comparison.peak_bytes.keys():
             return None
         return comparison.peak_bytes["fused"] / comparison.peak_bytes["eager"]
 
@@ -106,7 +109,7 @@ def _worst_layer(stage: str, numerator: str, denominator: str, largest: bool) ->
         layers = [
             comparison.ratio(numerator, denominator)
             for (op, _, a_stage), comparison in results.items()
-            if (op, a_stage) == ("polynomial_conv2d", stage)
+            if (op, a_stage) == ("polynomial_conv2d", stage) and comparison.sweep is None
         ]
         ratios = [ratio for ratio in layers if ratio is not None]
         return (max(ratios) if largest else min(ratios)) if ratios else None

@@ -9,17 +9,15 @@ printed as the spread.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import chainzrule_kernels as ck
-from bench.record import versions
+from bench import record, workloads
+from bench.peers import LIGER_POLY_NORM, LIGER_RELU_SQUARED, TORCHORTHO_HERMITE, Peer
 from chainzrule_kernels.ops import _launch
 
 REPLAYS = 20
@@ -51,6 +50,8 @@ class Work:
         is_data: of these, whether it follows the data's dtype.
         streams: tensors as large as ``z`` that a forward and a backward must move.
         compare: the providers beside the fused kernels.
+        form: from the op to what is measured, where that is not the op on these arguments as they are.
+        peers: functions of other libraries that do the nearest job.
     """
 
     op: str
@@ -61,6 +62,20 @@ class Work:
     is_data: tuple[bool, ...]
     streams: tuple[int, int]
     compare: tuple[str, ...] = ("copy", "eager", "compile", "compile cooperative")
+    form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    peers: tuple[Peer, ...] = ()
+
+    @property
+    def fused(self) -> Callable[..., Any]:
+        """The public function."""
+        function = getattr(ck, self.op)
+        return function if self.form is None else self.form(function)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The definition in plain PyTorch."""
+        definition = getattr(ck.reference, self.op)
+        return definition if self.form is None else self.form(definition)
 
     @property
     def name(self) -> str:
@@ -123,6 +138,41 @@ WORKS = (
     ),
     Work(
         "polynomial", "shared", (65536, 1024), BFLOAT16, lambda s: [_cubic(None)], (False,), (2, 3), ("copy", "eager")
+    ),
+    Work(
+        "polynomial",
+        "shared, PolyNorm",
+        (65536, 1024),
+        BFLOAT16,
+        lambda s: [_cubic(None)],
+        (False,),
+        (2, 3),
+        ("copy",),
+        peers=(LIGER_POLY_NORM,),
+    ),
+    Work(
+        "polynomial",
+        "relu squared",
+        (65536, 1024),
+        BFLOAT16,
+        lambda s: [],
+        (),
+        (2, 3),
+        ("copy", "eager", "compile"),
+        form=partial(workloads.relu_squared_of, device="cuda"),
+        peers=(LIGER_RELU_SQUARED,),
+    ),
+    Work(
+        "polynomial",
+        "Hermite",
+        (16384, 1024),
+        BFLOAT16,
+        lambda s: [ck.coefficients.hermite_start(3, device="cuda")],
+        (False,),
+        (2, 3),
+        ("copy", "eager", "compile"),
+        form=partial(workloads.hermite_of, device="cuda"),
+        peers=(TORCHORTHO_HERMITE,),
     ),
     Work(
         "activation_dreg", "gelu", (65536, 1024), BFLOAT16, lambda s: ["gelu"], (), (2, 3), ("copy", "eager", "compile")
@@ -221,8 +271,10 @@ class Result:
     work: str
     stage: str
     bytes: int
+    operations: int | None = None
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def median(self, provider: str) -> float | None:
         """The mean of the runs' medians."""
@@ -243,23 +295,57 @@ class Result:
 STAGES = ("forward", "backward", "both")
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A provider with its arguments, and the definition that judges it."""
+
+    name: str
+    function: Callable[..., Any]
+    definition: Callable[..., Any]
+    sets: Sequence[Sequence[Any]]
+
+
+def _peer(peer: Peer, work: Work, sets: Sequence[Sequence[Any]]) -> Candidate:
+    """Another library's function, judged by its own definition where that differs from the work's."""
+    if peer.definition is None:
+        return Candidate(peer.name, peer.function(), work.reference, sets)
+    own = [[value.detach().requires_grad_() for value in peer.arguments_of(arguments[0])] for arguments in sets]
+    return Candidate(peer.name, peer.function(), peer.definition, own)
+
+
 def measure(work: Work, results: dict[tuple[str, str], Result]) -> None:
     """One run of one piece of work, all stages and providers."""
     torch.manual_seed(0)
     # Of the same few functions Dynamo would otherwise keep every shape, and after eight of them compile no more.
     torch._dynamo.reset()
-    sets = [_arguments(work) for _ in range(_sets_beyond_the_cache(work))]
-    functions = {"fused": getattr(ck, work.op), **_providers(work)}
+    size = math.prod(work.shape) * work.dtype.itemsize * max(1, work.streams[0] // 2)
+    sets = [_arguments(work) for _ in range(_sets_beyond_the_cache(size))]
+    candidates = [Candidate(name, function, work.reference, sets) for name, function in _providers(work).items()]
+    candidates.append(Candidate("fused", work.fused, work.reference, sets))
+    skipped = {}
+    for peer in work.peers:
+        because = peer.missing_because("cuda")
+        if because is None:
+            candidates.append(_peer(peer, work, sets))
+        else:
+            skipped[peer.name] = because
     for stage in STAGES:
         moved = _bytes(work, stage)
-        result = results.setdefault((work.name, stage), Result(work.name, stage, moved))
+        key = work.name, stage
+        operations = _operations(work, stage, sets[0])
+        result = results.setdefault(key, Result(*key, moved, operations, skipped=skipped))
         if moved and "copy" in work.compare:
             result.seconds.setdefault("copy", []).append(_copy_seconds(moved))
-        for name, function in functions.items():
+        for one in candidates:
+            name = one.name
             try:
+                # Right in the forward, or no figure at any stage.
                 if stage == "forward":
-                    _check(work, function, sets[0], name)
-                result.seconds.setdefault(name, []).append(_graph_seconds(function, sets, stage))
+                    _check(work, one)
+                elif name in results[work.name, "forward"].failures:
+                    result.failures[name] = results[work.name, "forward"].failures[name]
+                    continue
+                result.seconds.setdefault(name, []).append(_graph_seconds(one.function, one.sets, stage))
             except Exception as error:
                 result.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -287,14 +373,18 @@ def measure_convolution(work: ConvolutionWork, results: dict[tuple[str, str], Re
         "auto": served_by("auto"),
         "unfold": lambda x, weight, coeffs: _unfolded(x, weight, coeffs, work.padding),
     }
+    skipped = {}
     if ck._native_cuda.cuda is None:
-        print(f"the fused convolution is not measured: {ck._native_cuda.missing_because}", file=sys.stderr)
+        skipped["fused"] = str(ck._native_cuda.missing_because)
         del providers["fused"]
-    sets = [drawn() for _ in range(2)]
+    size = math.prod(work.x_shape) * work.dtype.itemsize
+    sets = [drawn() for _ in range(_sets_beyond_the_cache(size))]
     first = [value.double() for value in sets[0]]
     with torch.no_grad():
         exact = ck.reference.polynomial_conv2d(first[0][:2], first[1], None, first[2], 1, work.padding)
-    result = results.setdefault((work.name, "forward"), Result(work.name, "forward", 0))
+    operations = 2 * math.prod(work.weight_shape) * work.x_shape[0] * math.prod(work.x_shape[2:])
+    key = work.name, "forward"
+    result = results.setdefault(key, Result(*key, 0, operations, skipped=skipped))
     for name, provider in providers.items():
         try:
             with torch.no_grad():
@@ -333,7 +423,7 @@ def _arguments(work: Work) -> list[Any]:
 
 
 def _providers(work: Work) -> dict[str, Callable[..., Any]]:
-    plain = getattr(ck.reference, work.op)
+    plain = work.reference
     known: dict[str, Callable[[], Callable[..., Any]]] = {
         "eager": lambda: plain,
         "compile": lambda: torch.compile(plain, dynamic=False),
@@ -367,8 +457,16 @@ def _bytes(work: Work, stage: str) -> int:
     return streams * math.prod(work.shape) * work.dtype.itemsize
 
 
-def _sets_beyond_the_cache(work: Work) -> int:
-    size = math.prod(work.shape) * work.dtype.itemsize * max(1, work.streams[0] // 2)
+def _operations(work: Work, stage: str, arguments: Sequence[Any]) -> int | None:
+    """Those of the matrix products, for the ops that contain one; the backward has two."""
+    if not work.op.startswith("linear_"):
+        return None
+    x, weight = arguments[:2]
+    return {"forward": 2, "backward": 4, "both": 6}[stage] * int(x.shape[0]) * int(weight.numel())
+
+
+def _sets_beyond_the_cache(size: int) -> int:
+    """How many sets of inputs of this many bytes there must be for three times the L2 cache between two uses of one."""
     return max(2, 1 + -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size))
 
 
@@ -384,19 +482,19 @@ def _leaves(arguments: Sequence[Any]) -> list[Tensor]:
     return [value for value in arguments if isinstance(value, Tensor)]
 
 
-def _check(work: Work, function: Callable[..., Any], arguments: Sequence[Any], name: str) -> None:
+def _check(work: Work, candidate: Candidate) -> None:
     """Raise unless the first rows' results agree with float64."""
-    if name == "F.linear":
+    if candidate.name == "F.linear":
         return
     rows = 64
-    first = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+    first = [value.detach() if isinstance(value, Tensor) else value for value in candidate.sets[0]]
     doubles = [value.double() if isinstance(value, Tensor) else value for value in first]
     doubles[0] = doubles[0][:rows]
     if work.op.endswith("tangent"):
         doubles[1] = doubles[1][:, :rows]
     with torch.no_grad():
-        found = _as_tuple(function(*first))
-        exact = _as_tuple(getattr(ck.reference, work.op)(*doubles))
+        found = _as_tuple(candidate.function(*first))
+        exact = _as_tuple(candidate.definition(*doubles))
     for index, (one, other) in enumerate(zip(found, exact, strict=True)):
         per_tangent = work.op.endswith("tangent") and index > 0
         part = one[:, :rows] if per_tangent else one[:rows]
@@ -444,7 +542,7 @@ def _graph_seconds(function: Callable[..., Any], sets: Sequence[Sequence[Any]], 
 def _copy_seconds(moved: int) -> float:
     """A copy that reads and writes this many bytes in all, beyond the cache like everything else."""
     elements = moved // 2
-    count = max(2, 1 + -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // moved))
+    count = _sets_beyond_the_cache(moved)
     pairs = [
         (
             torch.ones(elements, dtype=torch.uint8, device="cuda"),
@@ -502,13 +600,15 @@ def peak_memory() -> dict[str, int]:
     """The most bytes that a forward and a backward of polynomial_dreg hold beyond the arguments."""
     work = WORKS[0]
     arguments = _arguments(work)
+    with torch.no_grad():
+        gradients = _gradients(ck.polynomial_dreg(*arguments))
     peaks = {}
     for name, function in (("fused", ck.polynomial_dreg), ("eager", ck.reference.polynomial_dreg)):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         results = function(*arguments)
-        torch.autograd.grad([result.float().sum() for result in results], _leaves(arguments))
+        torch.autograd.grad(results, _leaves(arguments), gradients)
         del results
         torch.cuda.synchronize()
         peaks[name] = torch.cuda.max_memory_allocated() - before
@@ -555,9 +655,10 @@ def bounds(results: dict[tuple[str, str], Result], overhead: dict[str, float], p
 
 
 def machine() -> dict[str, Any]:
-    """The GPU and the software under it."""
+    """The machine around it, the GPU and the software under it."""
     properties = torch.cuda.get_device_properties(0)
     return {
+        **record.machine(),
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
@@ -583,15 +684,20 @@ def _driver() -> str:
 
 
 def as_json(
-    results: dict[tuple[str, str], Result], overhead: dict[str, float], peaks: dict[str, int], copied: float
+    results: dict[tuple[str, str], Result],
+    overhead: dict[str, float],
+    peaks: dict[str, int],
+    copied: float,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Everything about a run."""
     import triton
 
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": record.now(),
         "machine": machine(),
-        "versions": {**versions(), "triton": triton.__version__},
+        "versions": {**record.versions(), "triton": triton.__version__},
+        "quick": quick,
         "copy_gigabytes_per_second": copied,
         "bounds": [
             {"what": what, "sense": sense, "limit": limit, "measured": measured}
@@ -608,7 +714,12 @@ def as_json(
             }
             for result in results.values()
         ],
+        "errors": {},
     }
+
+
+def _is_met(sense: str, limit: float, measured: float) -> bool:
+    return measured >= limit if sense == ">=" else measured <= limit
 
 
 def _rate(result: Result) -> float | None:
@@ -621,7 +732,8 @@ def print_results(results: dict[tuple[str, str], Result], overhead: dict[str, fl
     print(f"{'work':<66}{'stage':<10}{'us':>9}{'GB/s':>8}{'of copy':>9}{'spread':>8}  others, times the fused time")
     for result in results.values():
         seconds, rate, of_copy, spread = result.median("fused"), _rate(result), result.ratio("copy"), result.spread
-        others = [f"{name} {result.ratio(name):.2f}" for name in result.seconds if name not in ("fused", "copy")]
+        compared = [name for name in result.seconds if name not in ("fused", "copy")]
+        others = [f"{name} {_cell(result.ratio(name), 1, '.2f')}" for name in compared]
         print(
             f"{result.work:<66}{result.stage:<10}{_cell(seconds, 1e6, '.1f'):>9}{_cell(rate, 1, '.0f'):>8}"
             f"{_cell(of_copy, 100, '.1f', '%'):>9}{_cell(spread, 100, '.1f', '%'):>8}  {', '.join(others)}"
@@ -631,13 +743,60 @@ def print_results(results: dict[tuple[str, str], Result], overhead: dict[str, fl
     print()
     print(f"{'bound':<66}{'limit':>10}{'measured':>12}")
     for what, sense, limit, measured in bounds(results, overhead, peaks):
-        met = measured is not None and (measured >= limit if sense == ">=" else measured <= limit)
-        verdict = "" if measured is None else "met" if met else "MISSED"
+        verdict = "" if measured is None else "met" if _is_met(sense, limit, measured) else "MISSED"
         print(f"{what:<66}{f'{sense} {limit:g}':>10}{_cell(measured, 1, '.3g'):>12}  {verdict}")
 
 
 def _cell(value: float | None, factor: float, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value * factor:{form}}{unit}"
+
+
+def names() -> list[str]:
+    """Each piece of work that is measured; a name begins with the op."""
+    return [work.name for work in (*WORKS, *CONVOLUTIONS)]
+
+
+@dataclass
+class Measured:
+    """Everything that a run has measured."""
+
+    results: dict[tuple[str, str], Result]
+    overhead: dict[str, float]
+    peaks: dict[str, int]
+    copied: float
+    quick: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """As :func:`as_json`."""
+        return as_json(self.results, self.overhead, self.peaks, self.copied, self.quick)
+
+
+def run(chosen: Callable[[str], bool], repetitions: int = 2, quick: bool = False) -> Measured:
+    """Measure.
+
+    Args:
+        chosen: from the name of a piece of work, which begins with its op, to whether to measure it.
+        repetitions: of the whole, one after the other.
+        quick: whether to take an eighth of the rows and images, to see that everything runs.
+    """
+    # Compiled backwards are called several times on one graph, which forbids them to reuse its memory.
+    torch._functorch.config.donated_buffer = False
+    results: dict[tuple[str, str], Result] = {}
+    for repetition in range(repetitions):
+        for work in (work for work in WORKS if chosen(work.name)):
+            print(f"run {repetition + 1}: {work.name}", file=sys.stderr)
+            rows = max(16, work.shape[0] // 8) if quick else work.shape[0]
+            measure(replace(work, shape=(rows, *work.shape[1:])), results)
+            torch.cuda.empty_cache()
+        for convolution in (work for work in CONVOLUTIONS if chosen(work.name)):
+            print(f"run {repetition + 1}: {convolution.name}", file=sys.stderr)
+            images = convolution.x_shape[0] // 8 if quick else convolution.x_shape[0]
+            measure_convolution(replace(convolution, x_shape=(images, *convolution.x_shape[1:])), results)
+            torch.cuda.empty_cache()
+    overhead, peaks = call_overhead(), peak_memory()
+    gibibyte = 1 << 30
+    copied = 2 * gibibyte / _copy_seconds(2 * gibibyte) / 1e9
+    return Measured(results, overhead, peaks, copied, quick)
 
 
 def main() -> int:
@@ -649,32 +808,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: PyTorch sees no GPU", file=sys.stderr)
         return 2
-    # Compiled backwards are called several times on one graph, which forbids them to reuse its memory.
-    torch._functorch.config.donated_buffer = False
-    results: dict[tuple[str, str], Result] = {}
-    for run in range(2):
-        for work in WORKS:
-            if arguments.only in work.name:
-                print(f"run {run + 1}: {work.name}", file=sys.stderr)
-                measure(work, results)
-                torch.cuda.empty_cache()
-        for convolution in CONVOLUTIONS:
-            if arguments.only in convolution.name:
-                print(f"run {run + 1}: {convolution.name}", file=sys.stderr)
-                measure_convolution(convolution, results)
-                torch.cuda.empty_cache()
-    overhead, peaks = call_overhead(), peak_memory()
-    gibibyte = 1 << 30
-    copied = 2 * gibibyte / _copy_seconds(2 * gibibyte) / 1e9
+    measured = run(lambda name: arguments.only in name)
     if not arguments.only:
-        content = as_json(results, overhead, peaks, copied)
-        gpu = re.sub(r"[^a-z0-9]+", "-", content["machine"]["gpu"].lower()).strip("-")
-        path = Path(arguments.results) / f"{gpu}-{content['date'][:10]}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
-        print(f"written to {path}")
-    print_results(results, overhead, peaks)
-    return 1 if any(result.failures.get("fused") for result in results.values()) else 0
+        print(f"written to {record.write(measured.as_json(), Path(arguments.results))}")
+    print_results(measured.results, measured.overhead, measured.peaks)
+    return 1 if any(result.failures.get("fused") for result in measured.results.values()) else 0
 
 
 if __name__ == "__main__":

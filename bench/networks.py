@@ -18,9 +18,9 @@ Example = tuple[nn.Module, Tensor, Tensor]
 """A network, a batch of inputs, and the class of each sample."""
 
 
-def chainzrule(size: Size) -> Example:
-    """Two layers with cubics, one for each channel, and a linear one."""
-    model = ck.nn.ChainzRuleNet((size.channels // 4, size.channels, size.channels, CLASSES), per_channel=True)
+def chainzrule(size: Size, depth: int = 2) -> Example:
+    """Some layers with cubics, one for each channel, and a linear one."""
+    model = ck.nn.ChainzRuleNet((size.channels // 4, *depth * [size.channels], CLASSES), per_channel=True)
     return model, torch.randn(size.rows, size.channels // 4), torch.randint(CLASSES, (size.rows,))
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.peers import Peer
 from bench.workloads import Workload
 
 STAGES = ("forward", "backward", "both")
 """A forward without gradients; the backward alone; a forward that saves what the backward needs, and the backward."""
+
+COPIES = ("copy", "copy into a new buffer")
+"""The providers that compute nothing."""
+
+SWEEP_STAGES = ("forward", "backward")
+"""What is measured at each point of a sweep."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-10}
 """Largest difference from float64, relative to the largest value, that still counts as the right answer.
@@ -30,12 +37,19 @@ class Provider:
         run: the timed part; takes what ``prepare`` returned.
         prepare: the untimed part, before each run.
         check: takes what ``run`` returned; says what is wrong with it, or None.
+        missing_because: why it cannot be measured, where it cannot; nothing is called then.
     """
 
     name: str
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
     check: Callable[[Any], str | None] = lambda result: None
+    missing_because: str | None = None
+
+
+def missing(name: str, because: str) -> Provider:
+    """A provider that is not measured, for a reason."""
+    return Provider(name, lambda _: None, missing_because=because)
 
 
 def providers_of(workload: Workload, stage: str) -> list[Provider]:
@@ -44,22 +58,19 @@ def providers_of(workload: Workload, stage: str) -> list[Provider]:
     return [
         *copies(workload, stage),
         *_matrix_product(workload, stage),
+        *(_peer(peer, workload, stage, exact) for peer in workload.peers),
         provider("eager", workload.reference, workload, stage, exact),
-        provider("compile", compiled(workload.reference, workload), workload, stage, exact),
+        compile_provider(workload.reference, workload, stage, exact),
         provider("fused", workload.fused, workload, stage, exact),
     ]
 
 
 def copies(workload: Workload, stage: str) -> list[Provider]:
     """A copy that moves the bytes of the floor, into a buffer that is ready and into one that it must allocate."""
-    moved = {"forward": workload.forward_bytes, "backward": workload.backward_bytes}
-    moved["both"] = sum(moved.values())
-    source = torch.ones(moved[stage] // 2 // 4)
+    source = torch.ones(workload.bytes_at(stage) // 2 // 4)
     target = torch.empty_like(source)
-    return [
-        Provider("copy", lambda _: target.copy_(source)),
-        Provider("copy into a new buffer", lambda _: source.clone()),
-    ]
+    in_place, allocating = COPIES
+    return [Provider(in_place, lambda _: target.copy_(source)), Provider(allocating, lambda _: source.clone())]
 
 
 def _matrix_product(workload: Workload, stage: str) -> list[Provider]:
@@ -70,9 +81,31 @@ def _matrix_product(workload: Workload, stage: str) -> list[Provider]:
     def linear(x: Tensor, weight: Tensor, bias: Tensor, function: Any) -> Tensor:
         return torch.nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
-    alone = Workload(workload.op, workload.label, workload.arguments, workload.gradients[:1], 0, 0)
+    alone = replace(workload, gradients=workload.gradients[:1])
     exact = output_and_gradients(linear, alone.in_float64(), stage)
     return [provider("F.linear", linear, alone, stage, exact)]
+
+
+def _peer(peer: Peer, workload: Workload, stage: str, exact: Sequence[Tensor | None]) -> Provider:
+    """Another library's function, judged by its own definition where that differs from the workload's."""
+    because = peer.missing_because()
+    if because is not None:
+        return missing(peer.name, because)
+    if peer.definition is not None:
+        workload = replace(workload, arguments=peer.arguments_of(workload.arguments[0]))
+        exact = output_and_gradients(peer.definition, workload.in_float64(), stage)
+    return provider(peer.name, peer.function(), workload, stage, exact)
+
+
+def compile_provider(
+    function: Callable[..., Any], workload: Workload, stage: str, exact: Sequence[Tensor | None]
+) -> Provider:
+    """``torch.compile`` of a function, but for the points of a sweep: compiling takes longer than measuring."""
+    if workload.sweep is not None:
+        return missing("compile", "not compiled anew for each point of a sweep")
+    if not workload.compiled:
+        return missing("compile", f"compiled for other arguments of {workload.op} only, to save time")
+    return provider("compile", compiled(function, workload), workload, stage, exact)
 
 
 def provider(

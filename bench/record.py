@@ -7,16 +7,23 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import chainzrule_kernels as ck
-from bench.bounds import BOUNDS, Results
+from bench import measure, reading
+from bench.bounds import BOUNDS, OVERHEAD_CALLS, OVERHEAD_LABEL, Results
 from bench.measure import Comparison
+from bench.providers import COPIES
+from bench.reading import Promise
+from chainzrule_kernels.cli.output import print_table
+
+SHORT = {"copy into a new buffer": "new copy"}
+"""Providers by a name that fits a column."""
 
 
 def machine() -> dict[str, Any]:
@@ -40,76 +47,172 @@ def versions() -> dict[str, str]:
     }
 
 
-def as_json(results: Results, quick: bool) -> dict[str, Any]:
-    """Everything about a run."""
+def as_json(results: Results, quick: bool, errors: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Everything about a run; ``errors`` are the measurements that broke off, and why."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": machine(),
         "versions": versions(),
         "quick": quick,
-        "bounds": [
-            {
-                "what": bound.what,
-                "limit": bound.limit,
-                "sense": "at least" if bound.at_least else "at most",
-                "unit": bound.unit,
-                "measured": value,
-                "met": None if value is None else bound.met_by(value),
-                "reason": bound.reason,
-            }
-            for bound, value in ((bound, bound.measured(results)) for bound in BOUNDS)
-        ],
+        "bounds": bounds(results),
         "comparisons": [asdict(comparison) for comparison in results.values()],
+        "errors": dict(errors or {}),
     }
 
 
-def write(results: Results, folder: Path, quick: bool) -> Path:
-    """Write the JSON file, named after the machine and the date."""
-    content = as_json(results, quick)
-    name = re.sub(r"[^a-z0-9]+", "-", content["machine"]["processor"].lower()).strip("-")
+def now() -> str:
+    """The date and time of a run."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def bounds(results: Results) -> list[dict[str, Any]]:
+    """Each promise with what a run makes of it."""
+    return [
+        {
+            "what": bound.what,
+            "limit": bound.limit,
+            "sense": "at least" if bound.at_least else "at most",
+            "unit": bound.unit,
+            "measured": value,
+            "met": None if value is None else bound.met_by(value),
+            "reason": bound.reason,
+        }
+        for bound, value in ((bound, bound.measured(results)) for bound in BOUNDS)
+    ]
+
+
+def write(content: Mapping[str, Any], folder: Path) -> Path:
+    """Write the JSON file of a run into a folder, named after what was measured and the date."""
+    machine = content["machine"]
+    device = machine.get("gpu") or f"{machine['processor']}-{machine['threads']}-threads"
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     date = content["date"].replace(":", "").split("+")[0]
-    path = folder / f"{name}-{content['machine']['threads']}-threads-{date}.json"
+    path = folder / f"{name}-{date}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 
 
-def lines(results: Results) -> Iterator[str]:
-    """The tables for the terminal: every comparison, then the bounds."""
-    yield f"{'op, arguments, stage':<82}{'provider':<24}{'median':>10}  {'quartiles':<18}{'over fused':>10}"
-    for comparison in results.values():
-        yield from _comparison_lines(comparison)
-    yield ""
-    yield f"{'bound':<96}{'limit':>12}{'measured':>12}"
-    for bound in BOUNDS:
-        value = bound.measured(results)
-        limit = f"{'>=' if bound.at_least else '<='} {bound.limit:g} {bound.unit}"
-        if value is None:
-            yield f"{bound.what:<96}{limit:>12}{'not measured':>14}"
-            continue
-        verdict = "met" if bound.met_by(value) else "MISSED"
-        yield f"{bound.what:<96}{limit:>12}{f'{value:.3g} {bound.unit}':>12}  {verdict}"
-        if not bound.met_by(value) and bound.reason:
-            yield f"    {bound.reason}"
+def merged(contents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON files of the repetitions of a run as one, each comparison with the medians of its repetitions."""
+    repetitions: dict[tuple[str, str, str], list[Comparison]] = {}
+    errors: dict[str, str] = {}
+    quick = False
+    for content in contents:
+        errors.update(content["errors"])
+        quick = content["quick"]
+        for one in reading.read(content).comparisons:
+            repetitions.setdefault((one.op, one.label, one.stage), []).append(one)
+    return as_json({key: measure.merged(found) for key, found in repetitions.items()}, quick, errors)
 
 
-def _comparison_lines(comparison: Comparison) -> Iterator[str]:
-    heading = f"{comparison.op}, {comparison.label}, {comparison.stage}"
-    for name, timing in comparison.timings.items():
-        spread = f"{_duration(timing.lower_quartile)}..{_duration(timing.upper_quartile)}"
-        over = comparison.ratio(name, "fused")
-        yield f"{heading:<82}{name:<24}{_duration(timing.median):>10}  {spread:<18}{over:>9.2f}x"
-        heading = ""
-    for name, size in comparison.peak_bytes.items():
-        yield f"{heading:<82}{name:<24}{size / 2**20:>7.2f} MiB"
-        heading = ""
-    for name, reason in comparison.failures.items():
-        yield f"{heading:<82}{name:<24}FAILED, no figure: {reason}"
-        heading = ""
+@dataclass(frozen=True)
+class Table:
+    """The comparisons of one op: a line for each, a column for each provider, and why cells are empty."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
 
 
-def _duration(seconds: float) -> str:
-    return f"{1e6 * seconds:.0f}us" if seconds < 1e-3 else f"{1e3 * seconds:.2f}ms"
+def tables(comparisons: Sequence[Comparison]) -> list[Table]:
+    """What was measured of each op, and of calls with next to nothing to compute."""
+    groups: dict[str, list[Comparison]] = {}
+    for one in comparisons:
+        if one.label == OVERHEAD_LABEL:
+            calls = replace(one, label=one.op)
+            groups.setdefault(f"{OVERHEAD_CALLS} calls at {OVERHEAD_LABEL}", []).append(calls)
+        else:
+            groups.setdefault(one.op, []).append(one)
+    return [_table(title, group) for title, group in groups.items()]
+
+
+def promises_table(promises: Sequence[Promise], whole: bool) -> Table:
+    """The promises with what a run makes of them; of a run of some suites only those that it has measured."""
+    rows, notes = [], []
+    for promise in promises:
+        limit = f"{'>=' if promise.at_least else '<='} {promise.limit:g} {promise.unit}".rstrip()
+        if promise.measured is not None:
+            measured = f"{promise.measured:.3g} {promise.unit}".rstrip()
+            rows.append((promise.what, limit, measured, "met" if promise.met else "MISSED"))
+        elif whole:
+            rows.append((promise.what, limit, "", "not measured"))
+        if promise.met is False and promise.reason:
+            notes.append(f"{promise.what}: {promise.reason}")
+    return Table("What is promised", ("bound", "limit", "measured", ""), tuple(rows), tuple(notes))
+
+
+def _table(title: str, comparisons: Sequence[Comparison]) -> Table:
+    names = dict.fromkeys(name for one in comparisons for name in (*one.timings, *one.failures, *one.skipped))
+    # The copies first, the fused kernels last, as they are measured.
+    providers = sorted(names, key=lambda name: (name == "fused", name not in COPIES))
+    figures: dict[str, Callable[[Comparison], str]] = {
+        "GB/s": _rate,
+        "of copy": _of_copy,
+        "GFLOP/s": _operation_rate,
+        "peak MiB fused / plain": _peak,
+    }
+    figures = {name: figure for name, figure in figures.items() if any(figure(one) for one in comparisons)}
+    rows = [
+        (
+            one.label,
+            one.stage,
+            *(_time(one, name) for name in providers),
+            *(figure(one) for figure in figures.values()),
+        )
+        for one in comparisons
+    ]
+    reasons = {f"{name}: not measured: {why}": None for one in comparisons for name, why in one.skipped.items()}
+    for one in comparisons:
+        for name, why in one.failures.items():
+            reasons[f"{name}: FAILED at {one.label}, {one.stage}, no figure: {why}"] = None
+    columns = ("arguments", "stage", *(SHORT.get(name, name) for name in providers), *figures)
+    return Table(title, columns, tuple(rows), tuple(reasons))
+
+
+def show(content: Mapping[str, Any], whole: bool) -> None:
+    """Print a run: the table of each op, then the promises; of a run of some suites only those it has measured."""
+    run = reading.read(content)
+    for table in (*tables(run.comparisons), promises_table(run.promises, whole)):
+        if table.rows:
+            print_table(table.title, table.columns, table.rows)
+            for note in table.notes:
+                print(f"  {note}")
+            print()
+    if run.quick:
+        print("Tiny sizes: these figures say only that everything runs.")
+
+
+def _time(comparison: Comparison, provider: str) -> str:
+    if provider in comparison.failures:
+        return "FAILED"
+    timing = comparison.timings.get(provider)
+    return "-" if timing is None else reading.duration(timing.median)
+
+
+def _rate(comparison: Comparison) -> str:
+    return _billions(reading.rate(comparison, reading.ours(comparison) or ""))
+
+
+def _operation_rate(comparison: Comparison) -> str:
+    return _billions(reading.operations_rate(comparison, reading.ours(comparison) or ""))
+
+
+def _billions(rate: float | None) -> str:
+    return "" if rate is None else f"{rate / 1e9:.3g}"
+
+
+def _of_copy(comparison: Comparison) -> str:
+    ratio = comparison.ratio("copy", reading.ours(comparison) or "")
+    return "" if ratio is None else f"{100 * ratio:.0f}%"
+
+
+def _peak(comparison: Comparison) -> str:
+    plain = next((name for name in ("eager", "plain") if name in comparison.peak_bytes), None)
+    if plain is None or "fused" not in comparison.peak_bytes:
+        return ""
+    return " / ".join(f"{comparison.peak_bytes[name] / 2**20:.3g}" for name in ("fused", plain))
 
 
 def _cpu_module() -> dict[str, str]:

@@ -73,8 +73,13 @@ def choose(op: str, z: Tensor, *rest: Any) -> str:
 def _automatic(op: str, z: Tensor, *rest: Any) -> str:
     if z.device.type == "cpu":
         return "cpu" if _native_cpu_missing() is None else "reference"
-    able = [name for name in ("cuda", "triton") if why_not(name, op, z, *rest) is None]
-    return next((name for name in able if slower(name, op, z, *rest) is None), able[0] if able else "reference")
+    able = "reference"
+    for name in ("cuda", "triton"):
+        if why_not(name, op, z, *rest) is None:
+            if slower(name, op, z, *rest) is None:
+                return name
+            able = name if able == "reference" else able
+    return able
 
 
 def why_not(name: str, op: str, z: Tensor, *rest: Any) -> str | None:

@@ -285,7 +285,8 @@ def compile_for(variant: Variant, arch: str, dtype: str) -> tuple[Any, list[str]
         if name.endswith("_pointer"):
             other = "fp64" if data == "fp64" else "fp32"
             signature[name] = f"*{data if name in _OF_THE_DATA_DTYPE else other}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if not kernel.params[index].do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i64"
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)

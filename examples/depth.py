@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import chainzrule_kernels as ck
 from image_classification import data
-from image_classification.resnet import DEPTHS, ResNet
+from image_classification.resnet import DEPTHS, ResNet, without_batch_norm
 from image_classification.training import write_atomically
 
 KERNELS = ("relu", "pkn", "rpkn")
@@ -57,15 +57,6 @@ class Measurement:
         if not all(map(math.isfinite, self.losses)):
             return "diverges"
         return "learns" if self.losses[-1] < 0.9 * self.losses[0] else "does not learn"
-
-
-def without_batch_norm(model: nn.Module) -> nn.Module:
-    """The model with nothing in the place of its batch norms."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.Identity())
-    return model
 
 
 def build(depth: int, kernel: str, has_batch_norm: bool, width: int, seed: int) -> nn.Module:

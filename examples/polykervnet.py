@@ -37,6 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--depth", type=int, choices=tuple(DEPTHS), help=f"(default: {default.depth})")
     add("--width", type=int, help=f"channels of the first stage (default: {default.width})")
     add("--kernel", choices=training.KERNELS, default=default.kernel, help="relu is the vanilla net (default: rpkn)")
+    add("--no-batch-norm", dest="batch_norm", action="store_false", help="the net without its batch norms")
     add("--epochs", type=int, help=f"(default: {default.epochs})")
     add("--batch", type=int, help=f"(default: {default.batch})")
     add("--optimizer", choices=tuple(training.OPTIMIZERS), default=default.optimizer, help="(default: adam)")

@@ -132,6 +132,57 @@ def test_activations_far_from_zero(kind: str, dtype: torch.dtype, target: tuple[
         assert ((found.double() - expected).abs() / scale).max().item() <= tolerance
 
 
+def _in_float64(kind: str, z: torch.Tensor) -> torch.Tensor:
+    """An activation in float64, whose tails are right, and those of its gradient.
+
+    They are lost by ``1 + erf``, ``1 + tanh`` and ``1 - tanh²``.
+    """
+    if kind == "gelu":
+        return z * 0.5 * torch.special.erfc(z * -math.sqrt(0.5))
+    if kind == "gelu_tanh":
+        return z * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
+    if kind == "tanh":
+        decay = -2 * torch.where(z < 0, -z, z)
+        magnitude = -torch.expm1(decay) / (1 + torch.exp(decay))
+        return torch.where(z < 0, -magnitude, magnitude)
+    return TORCH_ACTIVATIONS[kind](z) if kind != "softplus" else F.softplus(z, threshold=40)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ck.ACTIVATION_KINDS if kind != "relu"])
+def test_activations_over_the_range_of_float32(kind: str, target: tuple[str, str]) -> None:
+    # The rule of the allowance, for the numbers between powers of two, tails and subnormal results included.
+    if target != ("cpu", "cpu"):
+        pytest.skip("these are the elementary functions of the CPU kernels")
+    bits = torch.arange(-(2**31), 2**31, 8191, dtype=torch.int64).to(torch.int32)
+    numbers = bits.view(torch.float32)
+    numbers = numbers[numbers.isfinite()]
+    y, _, slope = ck.activation_dreg(numbers.unsqueeze(0), kind, return_derivative=True)
+    found = {"y": y[0], "slope": slope[0]}
+    plain, exact = {}, {}
+    for results, z, function in (
+        (plain, numbers.clone().requires_grad_(), TORCH_ACTIVATIONS[kind]),
+        (exact, numbers.double().requires_grad_(), lambda z: _in_float64(kind, z)),
+    ):
+        value = function(z)
+        results["y"], results["slope"] = value.detach(), torch.autograd.grad(value.sum(), z)[0]
+    # Up to 1/2, then up to each power of two, on either side.
+    parts = (torch.frexp(numbers)[1].clamp(-1, 6) + 2) * torch.where(numbers.signbit(), -1, 1)
+    failed = []
+    for part in parts.unique():
+        here = parts == part
+        for quantity, values in found.items():
+            both = here & exact[quantity].float().isfinite() & plain[quantity].isfinite()
+            error = (plain[quantity].double() - exact[quantity])[both].abs().max().item()
+            judged = compare(quantity, values[here], exact[quantity][here], error, torch.float32)
+            if not judged.passed:
+                failed.append((part.item(), judged))
+    assert failed == []
+    special = torch.tensor([[0.0, -0.0, math.inf, math.nan]])
+    of_special = ck.activation_dreg(special, kind)[0]
+    torch.testing.assert_close(of_special.double(), _in_float64(kind, special.double()), equal_nan=True)
+    assert torch.equal(of_special[:, :2].signbit(), TORCH_ACTIVATIONS[kind](special[:, :2]).signbit())
+
+
 # ---- the allowance itself -------------------------------------------------------------------------------------------
 
 

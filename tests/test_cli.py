@@ -59,7 +59,9 @@ def test_info_is_plain_text_where_there_is_no_terminal(capsys: pytest.CaptureFix
         assert op in printed
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["validate", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["info", "--help"], ["validate", "--help"], ["demo", "--help"], ["bench", "--help"]]
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

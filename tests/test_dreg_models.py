@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import chainzrule_kernels as ck
@@ -380,6 +381,28 @@ def test_a_forward_that_cannot_be_traced_is_named_and_its_parts_are_found():
     assert "cannot be traced" in reason
 
 
+def test_an_argument_that_defaults_to_none_and_is_always_given_does_not_hide_the_layers():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, residual=None):
+            return F.gelu(self.linear(x)) + residual.float()
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x):
+            return self.part(x, x)
+
+    reg = ck.DREG(Whole())
+    assert [(row.name, row.penalises) for row in reg.layers] == [("gelu behind part.linear", "layer")]
+    assert not reg.skipped
+
+
 def test_a_condition_on_values_does_not_hide_the_layers():
     class Branching(nn.Module):
         def __init__(self):
@@ -423,6 +446,71 @@ def test_an_activation_behind_a_sum_can_be_asked_for():
     assert rows == {"first.relu": "activation", "first.relu behind first.conv1": "layer"}
     model(x)
     assert [len(calls) for calls in reg.jac_sq().values()] == [1, 1]
+
+
+def test_an_activation_asked_for_without_a_linear_map_is_not_given_that_of_a_layer_left_out():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.dropout = nn.Linear(4, 5), nn.Linear(5, 5), nn.Dropout(0.0)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            return F.relu(1 + F.relu(self.dropout(self.b(x))))
+
+    torch.manual_seed(0)
+    model = Net()
+    reg = ck.DREG(model, layers=["relu behind a", "relu in the model"])
+    model(torch.randn(3, 4))
+    # The last one is given what is positive everywhere.
+    of_a, alone = reg.jac_sq().values()
+    assert [len(of_a), [norm.tolist() for norm in alone]] == [1, [[5.0, 5.0, 5.0]]]
+
+
+class SumOfMaps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.gelu(x + self.norm(self.convolution(x)))
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "function"),
+    [
+        (lambda: nn.Sequential(ck.nn.RPKNConv2d(3, 3, 3), ck.nn.ReactPKN()), "1", None),
+        (SumOfMaps, "gelu in the model", "gelu"),
+        (lambda: nn.Sequential(nn.AvgPool2d(2), nn.GELU()), "1", "gelu"),
+    ],
+    ids=["behind a polynomial convolution", "behind a sum", "behind a pooling"],
+)
+def test_the_norm_of_an_activation_alone_is_that_of_an_image(build, name, function):
+    torch.manual_seed(0)
+    model = build().double()
+    reg = ck.DREG(model, layers=[name])
+    taken = []
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.gelu:
+                taken.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    reg.remove()
+    if function is None:
+        slope = model[1].coefficients()
+        z = model[0](x)
+        slopes = slope[1] + 2 * slope[2] * z
+    else:
+        with Noting():
+            model(x)
+        slopes = ck.activation_dreg(taken[0], function, return_derivative=True)[2]
+    reg = ck.DREG(model, layers=[name])
+    model(x)
+    (norms,) = reg.jac_sq()[name]
+    torch.testing.assert_close(norms, slopes.square().flatten(1).sum(1))
 
 
 def test_weights_scale_the_terms():
@@ -536,6 +624,27 @@ def test_compile_equals_eager_without_breaks_or_recompiles(name):
             for found, wanted in zip((loss, *gradients(model, loss)), results, strict=True):
                 torch.testing.assert_close(found, wanted)
             reg.step()
+
+
+@pytest.mark.parametrize("function", [F.tanh, F.sigmoid, torch.relu_], ids=["tanh", "sigmoid", "relu_"])
+def test_a_call_that_dynamo_does_not_show_is_refused(function):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.last(function(self.linear(x)))
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(3, 4)
+    reg = ck.DREG(model)
+    model(x)
+    assert reg.penalty() > 0
+    with pytest.raises(Exception, match=r"in a Net was not seen"):
+        torch.compile(model, fullgraph=True, backend="eager")(x)
+    model(x)
+    assert reg.penalty() > 0
 
 
 @pytest.mark.parametrize("name", ["residual net", "language model"])

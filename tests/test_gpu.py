@@ -27,7 +27,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: P
 OWN = [case for case in FULLEST if not is_linear(case)]
 
 
+# Several at a time would not fit into one GPU: pytest-xdist gives them to one process.
+large = pytest.mark.xdist_group("large")
+
+
 def needs_gigabytes(gigabytes: float) -> None:
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < gigabytes * 1e9:
         pytest.skip(f"{gigabytes} GB of GPU memory are needed and {free / 1e9:.1f} GB are free")
@@ -42,6 +47,7 @@ def test_auto_prefers_triton(case: Case) -> None:
 # ---- R8: more than 2³¹ elements ------------------------------------------------------------------------------------
 
 
+@large
 @pytest.mark.parametrize("columns", [4096, 1 << 20, 8, 4097], ids=str)
 def test_r08_more_than_two_to_the_31_elements(columns: int) -> None:
     rows = (1 << 31) // columns + 3
@@ -66,6 +72,7 @@ def test_r08_more_than_two_to_the_31_elements(columns: int) -> None:
     assert abs(dcoeffs[0].double() - total) <= 1e-6 * magnitude
 
 
+@large
 def test_r08_a_product_with_more_than_two_to_the_31_results() -> None:
     columns, inner = 4096, 64
     rows = (1 << 31) // columns + 3
@@ -276,6 +283,7 @@ def test_r09_convolution_on_the_current_stream_and_in_a_graph() -> None:
         assert_bitwise(captured, expected)
 
 
+@large
 @needs_module
 def test_r08_convolution_of_more_than_two_to_the_31_elements() -> None:
     needs_gigabytes(16)

@@ -232,6 +232,29 @@ def test_quick_gives_way_to_what_is_asked_for():
     assert polykervnet.settings_of(polykervnet.parse([])) == Settings()
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_ends_the_run(clip):
+    model = nn.Linear(1, 1, bias=False)
+    learner = training.Learner(model, replace(TINY, clip=clip), 10)
+    before = model.weight.detach().clone()
+    with pytest.raises(training.Divergence, match="the gradient's norm is nan at step 3") as found:
+        # A loss of 0 whose slope is 0 times infinity.
+        learner.step((model.weight * 0).sum().sqrt(), 2)
+    assert found.value.step == 3
+    assert torch.equal(model.weight, before)
+    with pytest.raises(training.Divergence, match="the loss is inf at step 1"):
+        learner.step(model.weight.abs().sum() / 0, 0)
+
+
+def test_a_run_from_given_weights_and_without_batch_norm(digits, tmp_path):
+    settings = replace(TINY, kernel="rpkn", batch_norm=False)
+    _, twin = training.make_model(replace(settings, seed=5), digits)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in twin.modules())
+    run = Run(settings, digits, tmp_path, CPU, twin.state_dict())
+    state = run.learners["student"].model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in twin.state_dict().items())
+
+
 def test_resnet_has_the_layers_of_its_depth():
     for layers in (10, 18, 34, 50):
         model = ResNet(layers, width=2)

@@ -326,6 +326,18 @@ def test_the_examples_of_the_readme_run() -> None:
     assert names["jac_sq"].shape == (8,)
 
 
+@pytest.mark.parametrize("page", ["dreg.md", "training.md"])
+def test_the_examples_of_the_pages_on_dreg_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for needed in ("matplotlib", "tensorboard") if page == "training.md" else ():
+        pytest.importorskip(needed, reason=f"the page uses {needed}")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / page).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, names)
+
+
 def test_the_links_of_the_documentation_lead_somewhere() -> None:
     pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("chainzrule_kernels/ops/*/*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]

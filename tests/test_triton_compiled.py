@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from chainzrule_kernels import inspection
 from chainzrule_kernels.cli import main
 from chainzrule_kernels.inspection import Variant
+from chainzrule_kernels.ops import _launch
+from chainzrule_kernels.ops._launch import Tile
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -56,7 +60,7 @@ def test_compiled_for_hopper_in_float32(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", GROUPS)
 def test_compiled_for_ampere(kernel: str) -> None:
     for variant in _variants("bfloat16", "sm_80", quick=True):
-        if variant.kernel == kernel and variant.tile.vector > 1:
+        if variant.kernel == kernel and (variant.tile.vector > 1 or kernel == "tangent_forward_kernel"):
             _check(variant, "sm_80", "bfloat16")
 
 
@@ -69,8 +73,6 @@ def test_other_architectures_are_read(arch: str) -> None:
 
 def test_shared_coefficients_move_whole_vectors_whatever_the_length() -> None:
     """With nothing per channel there are 16-byte tiles for every width from 65 on; without rows, for every length."""
-    from chainzrule_kernels.ops import _launch
-
     for itemsize in (2, 4):
         for columns in range(_launch.SHIFTED_COLUMNS, 400):
             for rows in (1, 100_000):
@@ -129,41 +131,123 @@ class _AbsentGPU:
 
 
 @pytest.fixture
-def absent_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets a kernel be compiled through its usual entry, as the first call on a GPU would."""
-    from triton.runtime import driver
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Lets the ops on Triton kernels run but for the launch, and tells how many kernels they have compiled."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime import JITFunction, driver
 
-    from chainzrule_kernels.ops import _dreg_kernels_triton
+    from chainzrule_kernels.ops import (
+        _call_triton,
+        _dreg_kernels_triton,
+        _linear_kernels_triton,
+        _tangent_kernels_triton,
+    )
 
-    caches = _dreg_kernels_triton.dreg_forward_kernel.device_caches
-    caches.clear()
+    def launcher(kernel: CompiledKernel, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: None
+
+    modules = (_dreg_kernels_triton, _linear_kernels_triton, _tangent_kernels_triton)
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    caches = [kernel.device_caches for kernel in kernels if kernel.__name__.endswith("_kernel")]
+    for cache in caches:
+        cache.clear()
     monkeypatch.setattr(driver, "_active", _AbsentGPU())
-    yield
-    caches.clear()
+    monkeypatch.setattr(CompiledKernel, "__getitem__", launcher)
+    monkeypatch.setattr(_call_triton, "COMPILE_AHEAD", True)
+    monkeypatch.setattr(_call_triton, "_compiled", {})
+    yield lambda: sum(len(of_device[0]) for cache in caches for of_device in cache.values())
+    for cache in caches:
+        cache.clear()
 
 
-@pytest.mark.usefixtures("absent_gpu")
-def test_r14_a_new_shape_compiles_nothing() -> None:
-    from chainzrule_kernels.ops import _call_triton, _dreg_triton, _launch
+def _dreg(z: Tensor, *, per_channel: bool) -> None:
+    """Forward and backward of polynomial_dreg, without a launch."""
+    from chainzrule_kernels.ops import _dreg_triton
 
-    kernel = _dreg_triton.dreg_forward_kernel
-    tiles = _launch.forward_tiles(4)
+    columns = z.shape[1]
+    coeffs = z.new_empty((4, columns) if per_channel else (4,), dtype=torch.float32)
+    row_sq = z.new_empty(columns, dtype=torch.float32) if per_channel else None
+    y, norm, _ = _dreg_triton.polynomial_dreg(z, row_sq, coeffs, False, False)
+    _dreg_triton.polynomial_dreg_backward(z, row_sq, coeffs, y, norm, None, False, True, per_channel, True)
 
-    def compiled() -> int:
-        return len(kernel.device_caches[0][0])
 
-    def warm(rows: int, columns: int) -> None:
-        z, coeffs, norm = torch.empty(1, 64), torch.empty(4), torch.empty(16)
-        plan = _launch.forward_plan(rows, columns, 4)
-        arguments = (z, coeffs, z, None, norm, rows, columns, plan.steps_per_split, plan.splits)
-        _call_triton.compile_for(kernel, [plan.tile], arguments, {"KIND": "polynomial", "DEGREE": 3})
+def _tangents(z: Tensor) -> None:
+    from chainzrule_kernels.ops import _tangent_triton
 
-    before = compiled()
-    z = torch.empty(1, 64)
-    arguments = (z, torch.empty(4), z, None, torch.empty(16), 1, 64, 1, 1)
-    _call_triton.compile_for(kernel, tiles, arguments, {"KIND": "polynomial", "DEGREE": 3})
-    assert compiled() == before + len(tiles)
-    # Sizes that are 1, that are multiples of 16, and that need 64 bits are not special.
-    for rows, columns in [(1, 1), (16, 16), (70, 37), (5000, 300), (5000, 303), (3, 4099), (1 << 33, 8), (1, 1 << 33)]:
-        warm(rows, columns)
-    assert compiled() == before + len(tiles)
+    coeffs, z_dot = z.new_empty((4, z.shape[1]), dtype=torch.float32), z.new_empty(2, *z.shape)
+    y, y_dot, norm = _tangent_triton.polynomial_tangent(z, z_dot, coeffs, False)
+    _tangent_triton.polynomial_tangent_backward(z, z_dot, coeffs, y, y_dot, norm, False, True, True, True)
+
+
+def _product(z: Tensor) -> None:
+    """A product with as many rows and columns, each a whole number of vectors, and more or fewer input features."""
+    from chainzrule_kernels.ops import _linear_triton
+
+    rows, columns = z.shape[0], -(-z.shape[1] // 8) * 8
+    for inner in (8, 16, 72, 512):
+        x, weight, row_sq = z.new_empty(rows, inner), z.new_empty(columns, inner), z.new_empty(columns).float()
+        _linear_triton.linear_polynomial_dreg(
+            x, weight, z.new_empty(columns), row_sq, z.new_empty(4).float(), keep_z=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("run", "tiles"),
+    [
+        (partial(_dreg, per_channel=False), [_launch.forward_tiles(2), _launch.backward_tiles(2)]),
+        (partial(_dreg, per_channel=True), [_launch.channel_tiles(2, 3), _launch.channel_tiles(2, 3)]),
+        (_tangents, [_launch.tangent_tiles(2), _launch.channel_tiles(2, 3)]),
+        (_product, [_launch.product_tiles(2, "sm_90")]),
+    ],
+    ids=["shared", "per channel", "tangents", "product"],
+)
+def test_r14_a_new_shape_compiles_nothing(
+    run: Callable[[Tensor], None], tiles: list[list[Tile]], compiled: Callable[[], int]
+) -> None:
+    # Tensors without memory, so that they may be of any size. Sizes that are 1, that are multiples of 16, and that need
+    # 64 bits are not special.
+    shapes = [(4, 8), (1, 1), (16, 16), (70, 37), (5000, 300), (5000, 303), (3, 4099), (1 << 33, 8), (1, 1 << 33)]
+    for shape in shapes:
+        run(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        assert compiled() == sum(map(len, tiles)), shape
+
+
+def test_the_gradient_of_a_norm_may_begin_anywhere(compiled: Callable[[], int]) -> None:
+    """It may be a part of a larger tensor, and is used where it lies; everything else is aligned, or copied."""
+    from chainzrule_kernels.ops import _call_triton, _dreg_triton
+
+    z, coeffs = torch.empty(3, 8), torch.empty(4)
+    for grad in (torch.empty(3), torch.empty(4)[1:], torch.empty(4)[1].expand(3)):
+        _dreg_triton.polynomial_dreg_backward(z, None, coeffs, z, grad, None, False, True, False, True)
+    assert compiled() == len(_launch.backward_tiles(4))
+    for for_tiles in _call_triton._compiled.values():
+        for kernel, _ in for_tiles.values():
+            aligned = {kernel.src.fn.arg_names[index] for (index,), known in kernel.src.attrs.items() if known}
+            assert aligned == {
+                "z_pointer",
+                "coeffs_pointer",
+                "grad_y_pointer",
+                "grad_z_pointer",
+                "coefficient_sums_pointer",
+            }
+
+
+def test_on_amd_triton_sees_how_large_a_tensor_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it compiles 32-bit addresses where they suffice: what was compiled for one size may not serve another."""
+    from triton.runtime import JITFunction
+
+    from chainzrule_kernels.ops import _call_triton, _dreg_triton
+
+    launched = []
+
+    def run(kernel: Any, *arguments: Any, warmup: bool, **named: Any) -> None:
+        if not warmup:
+            launched.append(arguments[0])
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(_call_triton, "_compiled", {})
+    for rows in (4, 1 << 33):
+        z = torch.empty(rows, 8, device="meta")
+        _dreg_triton.polynomial(z, torch.empty(4, device="meta"), False)
+        assert launched.pop() is z

@@ -106,6 +106,12 @@ def test_no_sum_in_a_register_has_many_terms(name: str, itemsize: int) -> None:
             assert plan.steps_per_split * blocks <= _launch.ADDITIONS
 
 
+@pytest.mark.parametrize("columns", [1, 8, 64, 65, 1000, 4096, 4097])
+def test_a_small_call_has_no_second_stage(columns: int) -> None:
+    for rows in (1, 2, 64):
+        assert _launch.forward_plan(rows, columns, 2).splits == 1
+
+
 def test_tiles_loaded_together_belong_to_one_program() -> None:
     for rows in ROWS:
         for columns in WIDTHS:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m chainzrule_kernels {info,validate,demo,inspect}``.
+"""The command line: ``python -m chainzrule_kernels {info,validate,demo,bench,inspect}``.
 
 A command is a module here with ``add_arguments(parser)`` and ``run(arguments) -> exit status``.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from chainzrule_kernels.cli import demo, info, inspect, validate
+from chainzrule_kernels.cli import bench, demo, info, inspect, validate
 
-COMMANDS = {"info": info, "validate": validate, "demo": demo, "inspect": inspect}
+COMMANDS = {"info": info, "validate": validate, "demo": demo, "bench": bench, "inspect": inspect}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
+_STYLES = {"FAILED": "bold red", "MISSED": "bold yellow", "passed": "green", "met": "green"}
+
 
 def is_rich() -> bool:
     """Whether the output is a terminal and rich is installed."""
@@ -24,7 +26,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
-            table.add_row(*(Text(cell, style={"FAILED": "bold red", "passed": "green"}.get(cell, "")) for cell in row))
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
         Console().print(table)
         return
     widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]

@@ -24,6 +24,7 @@ class Attachment:
     Args:
         model: the regularised model.
         layers: the layers to record.
+        left_out: those that were found and are not recorded.
         forward_pass: the regulariser's.
         with_norms: whether row norms count; otherwise every layer is recorded for its activation alone.
         start: the module from whose output tangents may run; None without tangents.
@@ -37,6 +38,7 @@ class Attachment:
         self,
         model: nn.Module,
         layers: Iterable[Layer],
+        left_out: Iterable[Layer],
         forward_pass: ForwardPass,
         with_norms: bool,
         start: nn.Module | None,
@@ -58,6 +60,13 @@ class Attachment:
             _, folds = marked.get(layer.linear, ("", False))
             marked[layer.linear] = (layer.linear_name, folds or layer.folds)
             between.update({item.module: item for item in layer.between})
+        for layer in left_out:
+            # What an activation is given without a linear map in front is told from what it is given by this one.
+            found = self._records_found(layer)
+            if found is not None and None in found.by_linear and layer.linear is not None:
+                found.by_linear.setdefault(layer.linear_name, None)
+                marked.setdefault(layer.linear, (layer.linear_name or "", False))
+                between.update({item.module: item for item in layer.between})
         for module, (name, folds) in marked.items():
             self._interceptions.append(MarkingLinear(module, forward_pass, name, folds and with_norms))
         for module, item in between.items():
@@ -81,8 +90,17 @@ class Attachment:
             self._put(layer.owner, record)
             return record
         record = JacobianRecord(self._forward_pass, None, spread=layer.linear, may_leave_input=layer.overwrites_unseen)
-        self._records_of(layer).by_linear[layer.linear_name] = record
+        records = self._records_of(layer)
+        records.by_linear[layer.linear_name] = record
+        if layer.linear is None:
+            records.spatial = layer.spatial
         return record
+
+    def _records_found(self, layer: Layer) -> ActivationRecords | None:
+        """The records of the layer's activation, where other layers have made them."""
+        if layer.activation is None:
+            return self._of_functions.get(layer.owner, {}).get(layer.function)
+        return self._of_activation.get(layer.activation)
 
     def _records_of(self, layer: Layer) -> ActivationRecords:
         """The records of the layer's activation, with the module made to use them when they are new."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import operator
 import textwrap
 import warnings
@@ -26,6 +27,7 @@ from torch import Tensor, fx, nn
 from chainzrule_kernels.diagnostics import Table
 from chainzrule_kernels.dreg.recognition import (
     CONVOLUTIONS,
+    ELEMENTWISE_FUNCTIONS,
     OTHER_NORM_FUNCTIONS,
     TRANSPARENT_FUNCTIONS,
     ActivationCall,
@@ -37,6 +39,7 @@ from chainzrule_kernels.dreg.recognition import (
     is_linear_map,
     is_other_norm,
     is_transparent,
+    spatial_of,
     unchanged,
     why_no_linear_map,
 )
@@ -85,6 +88,8 @@ class Layer:
         folds: whether ``‖W_j‖²`` of the linear map, scaled by a batch norm between, gives the norm of the layer's
             Jacobian. Otherwise only ``Σ_j f'(z_j)²`` is known, and ``note`` says why.
         note: where the weight stands, or why it is not taken into account.
+        spatial: for an activation with no linear map in front, the number of spatial dimensions of its input, feature
+            maps ``(B, C, *spatial)``; None for ``(..., N)``, and where that is not known.
         in_place: whether the activation overwrites its input.
         overwrites_unseen: whether it does and nothing else uses its input, which it may then as well leave as it is.
     """
@@ -100,6 +105,7 @@ class Layer:
     kind: str | None
     folds: bool
     note: str
+    spatial: int | None = None
     in_place: bool = False
     overwrites_unseen: bool = False
 
@@ -193,6 +199,7 @@ class _Value:
         linear: the name of the linear map whose output this is, or None.
         between: what it went through since.
         lost: why the rows of the linear map do not give the Jacobian's norm; empty when they do.
+        spatial: as :attr:`Layer.spatial`.
         memory: where it lies.
     """
 
@@ -200,12 +207,13 @@ class _Value:
     linear: str | None = None
     between: tuple[Between, ...] = ()
     lost: str = ""
+    spatial: int | None = None
     memory: _Memory = field(default_factory=_Memory)
 
     def through(self, item: Between, lost: str = "") -> _Value:
         # What a transparent module returns may be what it was given.
         memory = _Memory() if item.is_norm else self.memory
-        return _Value(self.front, self.linear, (*self.between, item), self.lost or lost, memory)
+        return _Value(self.front, self.linear, (*self.between, item), self.lost or lost, self.spatial, memory)
 
 
 @dataclass
@@ -262,18 +270,21 @@ def _trace(module: nn.Module) -> _Trace | str:
     if signature is None:
         return "its forward has no signature"
     parameters = signature.parameters.values()
-    defaults = {
+    defaults: dict[str, Any] = {
         parameter.name: parameter.default
         for parameter in parameters
         if parameter.default is None or isinstance(parameter.default, bool | int | float | str)
     }
+    # An argument that defaults to None may be one that every caller gives, and the forward then needs.
+    given = {name: default for name, default in defaults.items() if default is not None}
+    choices = [defaults, given] if given != defaults else [defaults]
     reason = ""
-    for guess in (None, False, True):
+    for concrete, guess in itertools.product(choices, (None, False, True)):
         try:
             with unchanged(module), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 before = attributes_of(module)
-                graph = _LocalTracer(guess).trace(module, concrete_args=dict(defaults))
+                graph = _LocalTracer(guess).trace(module, concrete_args=dict(concrete))
                 is_whole = guess is None and not defaults and attributes_of(module) == before
                 return _Trace(graph, is_whole)
         except Exception as error:  # a forward may do anything with what is not a tensor
@@ -333,7 +344,7 @@ class _Analysis:
             return self._polynomial(name, module, value)
         if is_linear_map(module):
             self._close(module)
-            return _Value(name, linear=name)
+            return _Value(name, linear=name, spatial=spatial_of(module))
         if is_transparent(module):
             return value.through(Between(name, module, "transparent"))
         if is_batch_norm(module):
@@ -345,7 +356,8 @@ class _Analysis:
         if call is not None:
             self._close(module)
             return self._activation(_Site(name, module, module, call, value))
-        other = _Value(f"{name or 'the model'} in front of it, {why_no_linear_map(module)}")
+        spatial = spatial_of(module)
+        other = _Value(f"{name or 'the model'} in front of it, {why_no_linear_map(module)}", spatial=spatial)
         if is_closed(module):
             self._close(module)
             return other
@@ -412,7 +424,9 @@ class _Analysis:
         if value is None:
             return _Value(f"the result of {label} in front of it")
         # It may be a view.
-        other = _Value(f"the result of {label} in front of it", memory=value.memory)
+        spatials = (values[used].spatial for used in node.all_input_nodes if function in ELEMENTWISE_FUNCTIONS)
+        spatial = next((found for found in spatials if found is not None), None)
+        other = _Value(f"the result of {label} in front of it", spatial=spatial, memory=value.memory)
         call = describe_call(function, node.args, node.kwargs)
         if call is not None:
             return self._activation(_Site(name, module, None, call, value))
@@ -428,13 +442,15 @@ class _Analysis:
 
     def _batch_norm(self, value: _Value, item: Between) -> _Value:
         if value.linear is None:
-            return _Value(f"{_shown(item)} in front of it, with no linear layer or convolution in front of that")
+            front = f"{_shown(item)} in front of it, with no linear layer or convolution in front of that"
+            return _Value(front, spatial=value.spatial if item.is_function else spatial_of(item.module, value.spatial))
         folded = any(between.role == "batch norm" for between in value.between)
         return value.through(item, "two batch norms stand between" if folded else "")
 
     def _other_norm(self, value: _Value, item: Between, norm: str) -> _Value:
         if value.linear is None:
-            return _Value(f"{item.name} in front of it, a {norm}, has no linear layer or convolution in front of it")
+            front = f"{item.name} in front of it, a {norm}, has no linear layer or convolution in front of it"
+            return _Value(front, spatial=value.spatial)
         return value.through(
             item, f"{item.name} in front of it, a {norm}, does not fold into the weight of {value.linear}"
         )
@@ -443,15 +459,15 @@ class _Analysis:
         self.sites.append(site)
         if site.call.in_place:
             site.value.memory.overwritten_by.append(site)
-        return _Value(f"{self._label(site)} in front of it is an activation")
+        return _Value(f"{self._label(site)} in front of it is an activation", spatial=site.value.spatial)
 
     def _polynomial(self, name: str, module: nn.Module, value: _Value) -> _Value:
         self._close(module)
         if hasattr(module, "weight") and not isinstance(module, PolynomialActivation):
-            value = _Value("", linear=name)
+            value = _Value("", linear=name, spatial=spatial_of(module))
         site = _Site(name, module, module, ActivationCall(type(module).__name__, None), value, is_polynomial=True)
         self.sites.append(site)
-        return _Value(f"{self._label(site)} in front of it is an activation")
+        return _Value(f"{self._label(site)} in front of it is an activation", spatial=value.spatial)
 
     def _label(self, site: _Site) -> str:
         if site.activation is not None:
@@ -502,6 +518,8 @@ class _Analysis:
 
     def _layer(self, name: str, site: _Site) -> Layer:
         value = site.value
+        # Coefficients for each channel are those of the last dimension.
+        takes_rows = value.linear is not None or getattr(site.activation, "num_channels", None) is not None
         own = site.is_polynomial and value.linear == site.owner_name
         note = "its own weight" if own else f"the weight of {value.linear}"
         if value.linear is None:
@@ -523,6 +541,7 @@ class _Analysis:
             kind=site.call.kind,
             folds=value.linear is not None and not value.lost,
             note=note,
+            spatial=None if takes_rows else value.spatial,
             in_place=site.call.in_place,
             overwrites_unseen=site.call.in_place and value.memory.is_followed and not site.is_seen_again,
         )

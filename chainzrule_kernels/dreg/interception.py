@@ -25,6 +25,7 @@ from chainzrule_kernels import _distributed
 from chainzrule_kernels.dreg.recognition import (
     ACTIVATION_FUNCTIONS,
     CONVOLUTIONS,
+    NAMES_HIDDEN_BY_DYNAMO,
     OTHER_NORM_FUNCTIONS,
     TRANSPARENT_FUNCTIONS,
     describe_call,
@@ -216,18 +217,36 @@ class WatchingFunctions(Interception):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, its calls of functions watched."""
-        with _FunctionMode(self.records):
-            return self.original(*args, **kwargs)
+        mode = _FunctionMode(self.records)
+        with mode:
+            y = self.original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            for name in self.records:
+                if name in NAMES_HIDDEN_BY_DYNAMO and name not in mode.seen:
+                    raise RuntimeError(
+                        f"DREG: the call of {name} in a {type(self.module).__name__} was not seen. torch.compile "
+                        "does not show those of torch.nn.functional.tanh and sigmoid, torch.relu_, tanh_ and sigmoid_. "
+                        "Call torch.tanh, torch.sigmoid or the tensor's method, or leave the layer out with layers="
+                    )
+        return y
 
 
 class _FunctionMode(TorchFunctionMode):
+    """Records the calls of activations.
+
+    Attributes:
+        seen: the names of the activations that were called.
+    """
+
     def __init__(self, records: dict[str, ActivationRecords]) -> None:
         super().__init__()
         self.records = records
+        self.seen: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in ACTIVATION_FUNCTIONS:
+            self.seen.append(ACTIVATION_FUNCTIONS[func])
             records = self.records.get(ACTIVATION_FUNCTIONS[func])
             call = None if records is None else describe_call(func, args, kwargs)
             if records is not None and call is not None and call.kind is not None:

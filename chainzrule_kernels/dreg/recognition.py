@@ -8,6 +8,7 @@ are compared with those of the package's activations.
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -94,10 +95,33 @@ _SIMPLE_ACTIVATIONS: dict[Any, str] = {
     Tensor.sigmoid_: "sigmoid",
 }
 _IN_PLACE = frozenset({F.relu_, torch.relu_, Tensor.relu_, torch.tanh_, Tensor.tanh_, torch.sigmoid_, Tensor.sigmoid_})
+# Functions of two tensors that work on each element: the sum of feature maps is a feature map.
+ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(
+    {
+        operator.add,
+        operator.iadd,
+        operator.sub,
+        operator.isub,
+        operator.mul,
+        operator.imul,
+        torch.add,
+        torch.sub,
+        torch.mul,
+        Tensor.add,
+        Tensor.add_,
+        Tensor.sub,
+        Tensor.sub_,
+        Tensor.mul,
+        Tensor.mul_,
+    }
+)
 # By the name under which the tables speak of each.
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
     function: function.__name__.rstrip("_") for function in (*_SIMPLE_ACTIVATIONS, F.gelu, F.softplus)
 }
+# Some calls of these reach no torch function mode in a compiled function (torch 2.13): those of F.tanh, F.sigmoid,
+# torch.relu_, torch.tanh_ and torch.sigmoid_.
+NAMES_HIDDEN_BY_DYNAMO = frozenset({"relu", "tanh", "sigmoid"})
 # Named in the table of what is not regularised, so that nobody takes them for regularised.
 _OTHER_ACTIVATIONS: dict[Any, str] = {
     getattr(F, name): name
@@ -339,6 +363,19 @@ def is_linear_map(module: nn.Module) -> bool:
 
 
 # ---- what stands between --------------------------------------------------------------------------------------------
+
+
+def spatial_of(module: nn.Module, otherwise: int | None = None) -> int | None:
+    """How many spatial dimensions a module's output has by its class (``Conv2d``, ``BatchNorm2d``, ``AvgPool2d``: 2).
+
+    ``otherwise`` where the class leaves it open, as that of a batch norm of one dimension does.
+    """
+    if isinstance(module, (*CONVOLUTIONS, *_BATCH_NORMS)) or type(module).__module__ == "torch.nn.modules.pooling":
+        names = (cls.__name__ for cls in type(module).__mro__)
+        dimensions = next((name[-2] for name in names if name.endswith(("1d", "2d", "3d"))), None)
+        open_to_rows = isinstance(module, nn.BatchNorm1d | nn.LazyBatchNorm1d)
+        return int(dimensions) if dimensions and not open_to_rows else otherwise
+    return None
 
 
 def is_transparent(module: nn.Module) -> bool:

@@ -125,6 +125,7 @@ class DREG:
         self._attachment = Attachment(
             self.model,
             found,
+            [layer for layer in discovery.layers if layer not in found],
             self._forward_pass,
             with_norms=variant == "layer",
             start=find_start(self.model, start) if variant == "accumulated" else None,

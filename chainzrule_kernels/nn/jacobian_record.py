@@ -344,7 +344,8 @@ class ActivationRecords:
     """The records of one activation: for each linear map that it serves, and under None for any other input.
 
     Attributes:
-        by_linear: the records, by the name of the linear map.
+        by_linear: the records, by the name of the linear map; None for a linear map that is left out.
+        spatial: of the input that belongs to no linear map, as :attr:`Source.spatial`.
         forward_pass: the regulariser's.
     """
 
@@ -352,18 +353,25 @@ class ActivationRecords:
 
     def __init__(self, forward_pass: ForwardPass) -> None:
         self.forward_pass = forward_pass
-        self.by_linear: dict[str | None, JacobianRecord] = {}
+        self.by_linear: dict[str | None, JacobianRecord | None] = {}
+        self.spatial: int | None = None
 
     def apply(
         self, function: FixedActivation | LearnablePolynomial, z: Tensor, in_place: bool = False
     ) -> Tensor | None:
         """``f(z)`` with the norm recorded where it belongs; None when no record is meant for this input."""
         source = source_of(z)
-        record = None if source is None else self.by_linear.get(source.linear)
-        if record is not None and source is not None:
-            return record.apply(function, z, source.row_sq, source.spatial, in_place)
+        if source is not None and source.linear in self.by_linear:
+            record = self.by_linear[source.linear]
+            return None if record is None else record.apply(function, z, source.row_sq, source.spatial, in_place)
         record = self.by_linear.get(None)
-        return None if record is None else record.apply(function, z, None, None, in_place)
+        return None if record is None else record.apply(function, z, None, self._spatial(z, source), in_place)
+
+    def _spatial(self, z: Tensor, source: Source | None) -> int | None:
+        if source is not None:
+            return source.spatial
+        # Without that many dimensions it is something else than the trace showed.
+        return self.spatial if self.spatial is not None and z.dim() > self.spatial else None
 
     def polynomial(self, z: Tensor, coeffs: Tensor, rectified: bool = False) -> Tensor:
         """``p(z)``, with the norm recorded where it belongs."""

@@ -12,7 +12,9 @@ from torch import Tensor
 from chainzrule_kernels.ops._launch import Plan, Tile
 
 _VECTOR_BYTES = 16
-_compiled: set[Any] = set()
+# For a kernel with its device, dtypes and constants: what to launch for each tile, and the constants behind the sizes.
+_Compiled = dict[Tile, tuple[Any, tuple[Any, ...]]]
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
 
 COMPILE_AHEAD = os.environ.get("CHAINZRULE_KERNELS_COMPILE_AHEAD", "1") not in ("", "0")
 """Whether the first call of a kernel compiles it for all its tiles, or every tile is compiled when it is first needed.
@@ -84,12 +86,15 @@ def launch(
 ) -> None:
     """Run a kernel on the current stream of the first tensor's device.
 
+    Triton would look up at every call what it has compiled, by the type, alignment and value of every argument, which
+    costs the host more than the launch. Here dtypes, constants and tile say all: tensors begin on 16-byte boundaries
+    (:func:`contiguous`, or fresh from the allocator), and sizes are not special.
+
     Args:
         kernel: the Triton function.
         plan: how the call is cut.
         tiles: every tile that another shape may ask for. The first call of a kernel with these dtypes and constants
-        compiles
-            it for all of them, so that no later shape compiles anything.
+            compiles it for all of them, so that no later shape compiles anything.
         tensors: its first arguments; None for an absent one.
         sizes: the integer arguments behind them.
         constants: what is compiled in beside the tile.
@@ -99,18 +104,30 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, plan, tiles, tensors, sizes, constants)
         return
-    key = (kernel, device, *(value if value is None else value.dtype for value in tensors), *constants.values())
-    if key not in _compiled and COMPILE_AHEAD:
-        compile_for(kernel, tiles, (*tensors, *sizes), constants)
-        _compiled.add(key)
-    kernel[(plan.programs,)](*tensors, *sizes, **constants, **of_tile(kernel, plan.tile))
+    if not isinstance(kernel, triton.JITFunction):  # the interpreter's
+        kernel[(plan.programs,)](*tensors, *sizes, **constants, **of_tile(kernel, plan.tile))
+        return
+    # The function, since Triton hashes a kernel by its source.
+    key = (kernel.fn, device, *[value if value is None else value.dtype for value in tensors], *constants.values())
+    for_tiles = _compiled.setdefault(key, {})
+    if plan.tile not in for_tiles:
+        for tile in tiles if COMPILE_AHEAD else (plan.tile,):
+            for_tiles[tile] = _compiled_for(kernel, tile, (*tensors, *sizes), constants)
+    if torch.version.hip:
+        # Compiled apart are tensors that 32 bits can address, and larger ones. Triton sees which these are.
+        kernel[(plan.programs,)](*tensors, *sizes, **constants, **of_tile(kernel, plan.tile))
+        return
+    compiled, behind = for_tiles[plan.tile]
+    compiled[plan.programs, 1, 1](*tensors, *sizes, *behind)
 
 
-def compile_for(kernel: Any, tiles: Sequence[Tile], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
-    """Compile a kernel for each of the tiles, without running it."""
-    if isinstance(kernel, triton.JITFunction):
-        for tile in tiles:
-            kernel.warmup(*arguments, **constants, **of_tile(kernel, tile), grid=(1,))
+def _compiled_for(
+    kernel: Any, tile: Tile, arguments: Sequence[Any], constants: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The kernel for a tile, not run, and the values of its parameters behind ``arguments``."""
+    given = {**constants, **of_tile(kernel, tile)}
+    compiled = kernel.warmup(*arguments, **given, grid=(1,))
+    return compiled, tuple(given[name] for name in kernel.arg_names[len(arguments) :])
 
 
 def of_tile(kernel: Any, tile: Tile, lanes: int = 64 if torch.version.hip else 32) -> dict[str, Any]:

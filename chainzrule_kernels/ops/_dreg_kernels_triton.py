@@ -12,6 +12,7 @@ from chainzrule_kernels.functions.triton_functions import function
 from chainzrule_kernels.ops._tiles_triton import (
     add_coefficient_gradients,
     channels_at,
+    gradient_of_z,
     load_channels,
     load_coefficients,
     no_sums,
@@ -20,6 +21,27 @@ from chainzrule_kernels.ops._tiles_triton import (
     tile_at,
     within_vectors,
 )
+
+
+@triton.jit
+def put_value_and_slope(
+    z,
+    coeffs,
+    offset,
+    own,
+    store,
+    y_pointer,
+    derivative_pointer,
+    KIND: tl.constexpr,
+    DEGREE: tl.constexpr,
+):
+    """Stores ``f(z)``, and ``f'(z)`` where it has a pointer; ``f'(z)²`` where it is summed, zero elsewhere."""
+    DATA: tl.constexpr = y_pointer.dtype.element_ty
+    value, slope, _ = function(z, coeffs, KIND, DEGREE)
+    tl.store(y_pointer + offset, value.to(DATA), mask=store)
+    if derivative_pointer is not None:
+        tl.store(derivative_pointer + offset, slope.to(DATA), mask=store)
+    return tl.where(own, slope * slope, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "steps_per_split", "splits"])
@@ -57,22 +79,16 @@ def dreg_forward_kernel(
     for step in range(first_step, last_step):
         offset, load, own, store, _ = tile_at(row, step, rows, columns, COLUMNS, VECTOR, SHIFTED)
         z = tl.load(z_pointer + offset, mask=load, other=0.0).to(COMPUTE)
-        value, slope, _ = function(z, coeffs, KIND, DEGREE)
-        tl.store(y_pointer + offset, value.to(DATA), mask=store)
-        if derivative_pointer is not None:
-            tl.store(derivative_pointer + offset, slope.to(DATA), mask=store)
+        square = put_value_and_slope(z, coeffs, offset, own, store, y_pointer, derivative_pointer, KIND, DEGREE)
         if norm_pointer is not None:
-            squares += within_vectors(tl.where(own, slope * slope, 0.0), ROWS, COLUMNS, VECTOR)
+            squares += within_vectors(square, ROWS, COLUMNS, VECTOR)
     norm = tl.sum(squares, axis=1)
     if SHIFTED:
         if split == splits - 1:
             offset, own = tail_of(row, rows, columns, VECTOR)
             z = tl.load(z_pointer + offset, mask=own, other=0.0).to(COMPUTE)
-            value, slope, _ = function(z, coeffs, KIND, DEGREE)
-            tl.store(y_pointer + offset, value.to(DATA), mask=own)
-            if derivative_pointer is not None:
-                tl.store(derivative_pointer + offset, slope.to(DATA), mask=own)
-            norm += tl.sum(tl.where(own, slope * slope, 0.0), axis=1)
+            square = put_value_and_slope(z, coeffs, offset, own, own, y_pointer, derivative_pointer, KIND, DEGREE)
+            norm += tl.sum(square, axis=1)
     if norm_pointer is not None:
         tl.store(norm_pointer + row * splits + split, norm, mask=row < rows)
 
@@ -120,16 +136,12 @@ def dreg_channel_forward_kernel(
         for u in tl.static_range(UNROLL):
             row = (group + u) * ROWS + tl.arange(0, ROWS)
             offset, _, own, store, _ = tile_at(row, split, rows, columns, COLUMNS, VECTOR, False)
-            value, slope, _ = function(loaded[u].to(COMPUTE), coeffs, KIND, DEGREE)
-            tl.store(y_pointer + offset, value.to(DATA), mask=store)
-            if derivative_pointer is not None:
-                tl.store(derivative_pointer + offset, slope.to(DATA), mask=store)
+            z = loaded[u].to(COMPUTE)
+            square = put_value_and_slope(z, coeffs, offset, own, store, y_pointer, derivative_pointer, KIND, DEGREE)
             if norm_pointer is not None:
-                square = slope * slope
                 if row_sq_pointer is not None:
                     square = square * row_sq
-                norm = tl.sum(tl.where(own, square, 0.0), axis=1)
-                tl.store(norm_pointer + row * splits + split, norm, mask=row < rows)
+                tl.store(norm_pointer + row * splits + split, tl.sum(square, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -166,18 +178,72 @@ def arriving_at_slope(
 
 
 @triton.jit
-def gradient_of_z(at_value, h, slope, curvature, OF_VALUE: tl.constexpr, OF_SLOPE: tl.constexpr):
-    """``g_y f' + h f''``, of which an absent gradient's part is absent, not zero."""
-    if OF_VALUE and OF_SLOPE:
-        return at_value * slope + h * curvature
-    elif OF_VALUE:
-        return at_value * slope
-    else:
-        return h * curvature
+def put_gradient(
+    z,
+    at_value,
+    coeffs,
+    sums,
+    offset,
+    load,
+    own,
+    store,
+    beyond,
+    row,
+    rows,
+    row_sq,
+    grad_norm_pointer,
+    grad_norm_stride,
+    grad_derivative_pointer,
+    grad_z_pointer,
+    OF_VALUE: tl.constexpr,
+    SUMS: tl.constexpr,
+    KIND: tl.constexpr,
+    DEGREE: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Stores ``grad_z`` of a tile where it has a pointer.
+
+    Returns ``sums`` with what the tile adds to them where there are ``SUMS``, and what it adds to that of ``row_sq``.
+    """
+    OF_SLOPE: tl.constexpr = grad_norm_pointer is not None or grad_derivative_pointer is not None
+    _, slope, curvature = function(z, coeffs, KIND, DEGREE)
+    h, at_slope, g_s = arriving_at_slope(
+        slope,
+        offset,
+        load,
+        beyond,
+        own,
+        row,
+        rows,
+        row_sq,
+        grad_norm_pointer,
+        grad_norm_stride,
+        grad_derivative_pointer,
+        COLUMNS,
+        SHIFTED,
+        COMPUTE,
+    )
+    if grad_z_pointer is not None:
+        grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
+        tl.store(grad_z_pointer + offset, grad_z.to(grad_z_pointer.dtype.element_ty), mask=store)
+    if SUMS:
+        if SHIFTED:
+            z = tl.where(own, z, 0.0)
+            at_value = tl.where(own, at_value, 0.0)
+        sums = add_coefficient_gradients(
+            sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR
+        )
+    return sums, tl.where(own, g_s * slope * slope, 0.0)
 
 
 @triton.jit(
-    do_not_specialize=["grad_norm_stride", "rows", "columns", "steps_per_split", "splits", "blocks_per_program"]
+    do_not_specialize=["grad_norm_stride", "rows", "columns", "steps_per_split", "splits", "blocks_per_program"],
+    do_not_specialize_on_alignment=["grad_norm_pointer"],
 )
 def dreg_backward_kernel(
     z_pointer,
@@ -204,10 +270,9 @@ def dreg_backward_kernel(
 
     A null pointer is a gradient that did not arrive, or a result that is not wanted.
     """
-    DATA: tl.constexpr = z_pointer.dtype.element_ty
-    COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if z_pointer.dtype.element_ty == tl.float64 else tl.float32
     OF_VALUE: tl.constexpr = grad_y_pointer is not None
-    OF_SLOPE: tl.constexpr = grad_norm_pointer is not None or grad_derivative_pointer is not None
+    SUMS: tl.constexpr = coefficient_sums_pointer is not None
     program = tl.program_id(0).to(tl.int64)
     split = program % splits
     row_program = program // splits
@@ -217,8 +282,7 @@ def dreg_backward_kernel(
     first_block = row_program * blocks_per_program
     last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(rows, ROWS))
     coeffs = load_coefficients(coeffs_pointer, 0, columns, DEGREE, False, ROWS, COLUMNS, VECTOR, COMPUTE)
-    if coefficient_sums_pointer is not None:
-        sums = no_sums(DEGREE, ROWS, COLUMNS // VECTOR, COMPUTE)
+    sums = no_sums(DEGREE, ROWS, COLUMNS // VECTOR, COMPUTE) if SUMS else ()
     for block in range(first_block, last_block):
         row = block * ROWS + tl.arange(0, ROWS)
         for step in range(first_step, last_step):
@@ -227,33 +291,34 @@ def dreg_backward_kernel(
             at_value = tl.zeros_like(z)
             if grad_y_pointer is not None:
                 at_value = tl.load(grad_y_pointer + offset, mask=load, other=0.0).to(COMPUTE)
-            _, slope, curvature = function(z, coeffs, KIND, DEGREE)
-            h, at_slope, _ = arriving_at_slope(
-                slope,
+            sums, _ = put_gradient(
+                z,
+                at_value,
+                coeffs,
+                sums,
                 offset,
                 load,
-                beyond,
                 own,
+                store,
+                beyond,
                 row,
                 rows,
                 1.0,
                 grad_norm_pointer,
                 grad_norm_stride,
                 grad_derivative_pointer,
+                grad_z_pointer,
+                OF_VALUE,
+                SUMS,
+                KIND,
+                DEGREE,
+                False,
+                ROWS,
                 COLUMNS,
+                VECTOR,
                 SHIFTED,
                 COMPUTE,
             )
-            if grad_z_pointer is not None:
-                grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
-                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
-            if coefficient_sums_pointer is not None:
-                if SHIFTED:
-                    z = tl.where(own, z, 0.0)
-                    at_value = tl.where(own, at_value, 0.0)
-                sums = add_coefficient_gradients(
-                    sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, KIND, DEGREE, False, ROWS, COLUMNS, VECTOR
-                )
     if SHIFTED:
         if split == splits - 1:
             row = (last_block - 1) * ROWS + tl.arange(0, ROWS)
@@ -262,53 +327,51 @@ def dreg_backward_kernel(
             at_value = tl.zeros_like(z)
             if grad_y_pointer is not None:
                 at_value = tl.load(grad_y_pointer + offset, mask=own, other=0.0).to(COMPUTE)
-            _, slope, curvature = function(z, coeffs, KIND, DEGREE)
-            h, at_slope, _ = arriving_at_slope(
-                slope,
+            of_tail = no_sums(DEGREE, ROWS, 1, COMPUTE) if SUMS else ()
+            of_tail, _ = put_gradient(
+                z,
+                at_value,
+                coeffs,
+                of_tail,
                 offset,
                 own,
-                0,
                 own,
+                own,
+                0,
                 row,
                 rows,
                 1.0,
                 grad_norm_pointer,
                 grad_norm_stride,
                 grad_derivative_pointer,
+                grad_z_pointer,
+                OF_VALUE,
+                SUMS,
+                KIND,
+                DEGREE,
+                False,
+                ROWS,
+                VECTOR,
                 VECTOR,
                 False,
                 COMPUTE,
             )
-            if grad_z_pointer is not None:
-                grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
-                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=own)
-            if coefficient_sums_pointer is not None:
-                of_tail = add_coefficient_gradients(
-                    no_sums(DEGREE, ROWS, 1, COMPUTE),
-                    z,
-                    at_value,
-                    at_slope,
-                    OF_VALUE,
-                    OF_SLOPE,
-                    KIND,
-                    DEGREE,
-                    False,
-                    ROWS,
-                    VECTOR,
-                    VECTOR,
-                )
+            if SUMS:
                 with_tail = ()
                 for k in tl.static_range(DEGREE + 1):
                     first_sum = tl.arange(0, COLUMNS // VECTOR)[None, :] == 0
                     with_tail = with_tail + (sums[k] + tl.where(first_sum, of_tail[k], 0.0),)
                 sums = with_tail
-    if coefficient_sums_pointer is not None:
+    if SUMS:
         put_coefficient_sums(
             coefficient_sums_pointer, sums, row_program, split, splits, columns, DEGREE, False, COLUMNS, VECTOR
         )
 
 
-@triton.jit(do_not_specialize=["grad_norm_stride", "rows", "columns", "splits", "blocks_per_program"])
+@triton.jit(
+    do_not_specialize=["grad_norm_stride", "rows", "columns", "splits", "blocks_per_program"],
+    do_not_specialize_on_alignment=["grad_norm_pointer"],
+)
 def dreg_channel_backward_kernel(
     z_pointer,
     coeffs_pointer,
@@ -337,10 +400,9 @@ def dreg_channel_backward_kernel(
     A program stays in one column of tiles, keeps in registers what belongs to its channels, and goes through its rows;
     ``UNROLL`` tiles are loaded at once.
     """
-    DATA: tl.constexpr = z_pointer.dtype.element_ty
-    COMPUTE: tl.constexpr = tl.float64 if DATA == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if z_pointer.dtype.element_ty == tl.float64 else tl.float32
     OF_VALUE: tl.constexpr = grad_y_pointer is not None
-    OF_SLOPE: tl.constexpr = grad_norm_pointer is not None or grad_derivative_pointer is not None
+    SUMS: tl.constexpr = coefficient_sums_pointer is not None
     program = tl.program_id(0).to(tl.int64)
     split = program % splits
     row_program = program // splits
@@ -350,8 +412,7 @@ def dreg_channel_backward_kernel(
     row_sq = 1.0
     if row_sq_pointer is not None:
         row_sq = load_channels(row_sq_pointer, 0, split, columns, ROWS, COLUMNS, VECTOR, COMPUTE)
-    if coefficient_sums_pointer is not None:
-        sums = no_sums(DEGREE, ROWS, COLUMNS if PER_CHANNEL else COLUMNS // VECTOR, COMPUTE)
+    sums = no_sums(DEGREE, ROWS, COLUMNS if PER_CHANNEL else COLUMNS // VECTOR, COMPUTE) if SUMS else ()
     if row_sq_sums_pointer is not None:
         row_sq_sums = tl.zeros((ROWS, COLUMNS), dtype=COMPUTE)
     for group in range(first_block, last_block, UNROLL):
@@ -370,33 +431,37 @@ def dreg_channel_backward_kernel(
             at_value = tl.zeros_like(z)
             if grad_y_pointer is not None:
                 at_value = loaded_grad_y[u].to(COMPUTE)
-            _, slope, curvature = function(z, coeffs, KIND, DEGREE)
-            h, at_slope, g_s = arriving_at_slope(
-                slope,
+            sums, of_row_sq = put_gradient(
+                z,
+                at_value,
+                coeffs,
+                sums,
                 offset,
                 load,
-                beyond,
                 own,
+                store,
+                beyond,
                 row,
                 rows,
                 row_sq,
                 grad_norm_pointer,
                 grad_norm_stride,
                 grad_derivative_pointer,
+                grad_z_pointer,
+                OF_VALUE,
+                SUMS,
+                KIND,
+                DEGREE,
+                PER_CHANNEL,
+                ROWS,
                 COLUMNS,
+                VECTOR,
                 False,
                 COMPUTE,
             )
-            if grad_z_pointer is not None:
-                grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
-                tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
-            if coefficient_sums_pointer is not None:
-                sums = add_coefficient_gradients(
-                    sums, z, at_value, at_slope, OF_VALUE, OF_SLOPE, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR
-                )
             if row_sq_sums_pointer is not None:
-                row_sq_sums += tl.where(own, g_s * slope * slope, 0.0)
-    if coefficient_sums_pointer is not None:
+                row_sq_sums += of_row_sq
+    if SUMS:
         put_coefficient_sums(
             coefficient_sums_pointer, sums, row_program, split, splits, columns, DEGREE, PER_CHANNEL, COLUMNS, VECTOR
         )

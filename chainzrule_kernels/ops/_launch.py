@@ -24,10 +24,10 @@ Tiles
 
 Programs
     A forward that sums over the channels gives every program whole rows, unless there are too few to fill a GPU; then
-    it splits rows and a second stage adds the parts. A backward that sums over the samples gives every program a run
-    of rows and leaves one partial sum for each program, which a second stage adds. Both second stages are a
-    ``torch.sum`` over a small float32 buffer. ``PROGRAMS`` is a few programs for each multiprocessor of the largest
-    GPU at hand (132 on an H100 or H200, 304 on an MI300X).
+    it splits rows of more than ``WHOLE_ROW_STEPS`` tiles and a second stage adds the parts. A backward that sums over
+    the samples gives every program a run of rows and leaves one partial sum for each program, which a second stage
+    adds. Both second stages are a ``torch.sum`` over a small float32 buffer. ``PROGRAMS`` is a few programs for each
+    multiprocessor of the largest GPU at hand (132 on an H100 or H200, 304 on an MI300X).
 
 Sums
     No register takes more than ``ADDITIONS`` terms one after another: where a program would have more work, there are
@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 PROGRAMS = 2048
@@ -50,11 +50,14 @@ SHIFTED_COLUMNS = 65
 ADDITIONS = 64
 # Of a thread: three programs of 128 threads for each multiprocessor.
 REGISTERS = 168
+# A row of so few tiles is gone through sooner than a second kernel is launched.
+WHOLE_ROW_STEPS = 4
 # Of a run of rows that leaves one sum for each channel: enough for the sums to be small beside the data.
 ROWS_PER_SUM = 64
 
 
-@dataclass(frozen=True)
+# Compared by identity, which is quick: there is one of each.
+@dataclass(frozen=True, eq=False)
 class Tile:
     """What is compiled into a kernel.
 
@@ -156,6 +159,7 @@ def _choose(tiles: dict[str, Tile], rows: int, columns: int, programs: int) -> T
 # ---- the forward of *_dreg -------------------------------------------------------------------------------------------
 
 
+@cache
 def _forward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
     """Polynomials."""
     # Four vectors for each thread, or eight elements where there are no vectors.
@@ -166,6 +170,7 @@ def _forward_tiles(vector: int, shifted: bool) -> dict[str, Tile]:
     }
 
 
+@cache
 def _tiles_of_two_vectors(vector: int, shifted: bool) -> dict[str, Tile]:
     """The forward of activations, which need registers for more than the polynomial does, and every backward."""
     # Two vectors for each thread, or four elements.
@@ -198,12 +203,13 @@ def forward_plan(rows: int, columns: int, itemsize: int, activation: bool = Fals
     tiles = _tiles_of_two_vectors if activation else _forward_tiles
     tile = _choose(tiles(vector, shifted), rows, columns, PROGRAMS)
     blocks = max(1, _ceil_div(rows, tile.rows))
-    # Whole rows for each program, if that makes programs enough.
-    parts = 1 if 4 * blocks >= PROGRAMS else _ceil_div(PROGRAMS, blocks)
     steps = _ceil_div(columns + vector - 1, tile.columns)
+    # Whole rows for each program, if that makes programs enough, or if a second stage would cost more than the row.
+    parts = 1 if 4 * blocks >= PROGRAMS or steps <= WHOLE_ROW_STEPS else _ceil_div(PROGRAMS, blocks)
     return _cut(rows, columns, tile, min(_ceil_div(steps, parts), ADDITIONS), 1)
 
 
+@cache
 def forward_tiles(itemsize: int, activation: bool = False) -> list[Tile]:
     """Every tile that :func:`forward_plan` can choose."""
     return _with_and_without_shift(_tiles_of_two_vectors if activation else _forward_tiles, itemsize)
@@ -223,6 +229,7 @@ def flat_plan(elements: int, itemsize: int) -> Plan:
     return _cut(1, elements, tile, _ceil_div(steps, 16 * PROGRAMS), 1)
 
 
+@cache
 def flat_tiles(itemsize: int) -> list[Tile]:
     """The tile of :func:`flat_plan`."""
     vector = 16 // itemsize
@@ -255,6 +262,7 @@ def _shared(rows: int, columns: int, tile: Tile, programs: int) -> Plan:
     return _cut(rows, columns, tile, min(steps, tiles), tiles // steps)
 
 
+@cache
 def backward_tiles(itemsize: int) -> list[Tile]:
     """Every tile that :func:`backward_plan` can choose."""
     return _with_and_without_shift(_tiles_of_two_vectors, itemsize)
@@ -267,6 +275,7 @@ def flat_backward_plan(elements: int, itemsize: int, sums: bool) -> Plan:
     return _shared(1, elements, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
 
 
+@cache
 def flat_backward_tiles(itemsize: int) -> list[Tile]:
     """The tile of :func:`flat_backward_plan`."""
     vector = 16 // itemsize
@@ -276,6 +285,7 @@ def flat_backward_tiles(itemsize: int) -> list[Tile]:
 # ---- coefficients, weights or sums for each channel: the forward of *_dreg, and the backward of both -----------------
 
 
+@cache
 def _channel_tiles(vector: int, itemsize: int, degree: int) -> dict[str, Tile]:
     # One vector for each thread, so that what belongs to a channel is in registers once: a warp for every row, or
     # several narrow rows for every warp. What a tile lacks in loads in flight, unrolling makes up for.
@@ -310,6 +320,7 @@ def channel_degree(kind: str, degree: int) -> int:
     return max(degree, 5) if kind == "rectified_polynomial" else degree
 
 
+@cache
 def channel_tiles(itemsize: int, degree: int) -> list[Tile]:
     """Every tile that :func:`channel_plan` can choose."""
     return [tile for vector in (16 // itemsize, 1) for tile in _channel_tiles(vector, itemsize, degree).values()]
@@ -318,12 +329,14 @@ def channel_tiles(itemsize: int, degree: int) -> list[Tile]:
 # ---- the forward of *_tangent ----------------------------------------------------------------------------------------
 
 
+@cache
 def _tangent_tiles(vector: int) -> dict[str, Tile]:
     if vector == 1:
-        return {"narrow": Tile(64, 8, 1), "middle": Tile(4, 64, 1), "wide": Tile(1, 512, 1)}
+        return {"narrow": Tile(64, 8, 1), "middle": Tile(4, 64, 1), "wide": Tile(1, 512, 1, registers=REGISTERS)}
     return _tiles_of_two_vectors(vector, False)
 
 
+@cache
 def _tangent_backward_tiles(vector: int) -> dict[str, Tile]:
     # One vector for each thread: slope, curvature and the sum over the tangents are kept beside what is loaded.
     if vector == 1:
@@ -356,11 +369,13 @@ def tangent_backward_plan(rows: int, columns: int, itemsize: int, sums: bool) ->
     return _shared(rows, columns, tile, 2 * PROGRAMS if sums else 16 * PROGRAMS)
 
 
+@cache
 def tangent_tiles(itemsize: int) -> list[Tile]:
     """Every tile that :func:`tangent_plan` can choose."""
     return [*_tangent_tiles(16 // itemsize).values(), *_tangent_tiles(1).values()]
 
 
+@cache
 def tangent_backward_tiles(itemsize: int) -> list[Tile]:
     """Every tile that :func:`tangent_backward_plan` can choose."""
     return [*_tangent_backward_tiles(16 // itemsize).values(), *_tangent_backward_tiles(1).values()]
@@ -374,7 +389,7 @@ PRODUCT_EFFICIENCY = 0.8
 DEGREE_PER_CHANNEL = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProductTile(Tile):
     """A tile of ``x Wᵀ``.
 
@@ -406,6 +421,7 @@ class ProductTile(Tile):
         return {**super().options, "num_stages": self.stages}
 
 
+@cache
 def product_tiles(itemsize: int, architecture: str) -> list[ProductTile]:
     """The tiles of the product, for many rows and for few.
 

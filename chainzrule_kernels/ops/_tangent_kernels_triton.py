@@ -10,6 +10,7 @@ import triton.language as tl
 from chainzrule_kernels.functions.triton_functions import function
 from chainzrule_kernels.ops._tiles_triton import (
     add_coefficient_gradients,
+    gradient_of_z,
     load_coefficients,
     no_sums,
     put_coefficient_sums,
@@ -65,7 +66,8 @@ def tangent_forward_kernel(
         "steps_per_split",
         "splits",
         "blocks_per_program",
-    ]
+    ],
+    do_not_specialize_on_alignment=["grad_norm_pointer"],
 )
 def tangent_backward_kernel(
     z_pointer,
@@ -140,12 +142,7 @@ def tangent_backward_kernel(
                 # Outside of the data the slope may be infinite, and zero times that is not zero.
                 at_slope = tl.where(own, at_slope, 0.0)
             if grad_z_pointer is not None:
-                if OF_VALUE and OF_SLOPE:
-                    grad_z = at_value * slope + at_slope * curvature
-                elif OF_VALUE:
-                    grad_z = at_value * slope
-                else:
-                    grad_z = at_slope * curvature
+                grad_z = gradient_of_z(at_value, at_slope, slope, curvature, OF_VALUE, OF_SLOPE)
                 tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
             if coefficient_sums_pointer is not None:
                 sums = add_coefficient_gradients(

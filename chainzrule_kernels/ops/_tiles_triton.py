@@ -176,6 +176,17 @@ def add_coefficient_gradients(
 
 
 @triton.jit
+def gradient_of_z(at_value, h, slope, curvature, OF_VALUE: tl.constexpr, OF_SLOPE: tl.constexpr):
+    """``g_y f' + h f''``, of which an absent gradient's part is absent, not zero."""
+    if OF_VALUE and OF_SLOPE:
+        return at_value * slope + h * curvature
+    elif OF_VALUE:
+        return at_value * slope
+    else:
+        return h * curvature
+
+
+@triton.jit
 def put_coefficient_sums(
     pointer,
     sums,

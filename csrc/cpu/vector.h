@@ -132,18 +132,25 @@ CHAINZRULE_INLINE void for_each_block(int64_t n, const Body& body) {
 CHAINZRULE_INLINE VectorFloat as_float(VectorInt x) { return reinterpret_cast<VectorFloat>(x); }
 CHAINZRULE_INLINE VectorInt as_int(VectorFloat x) { return reinterpret_cast<VectorInt>(x); }
 
+CHAINZRULE_INLINE VectorFloat absolute(VectorFloat x) { return as_float(as_int(x) & 0x7FFFFFFF); }
+
 CHAINZRULE_INLINE VectorFloat with_sign_of(VectorFloat magnitude, VectorFloat sign) {
   return as_float((as_int(magnitude) & 0x7FFFFFFF) | (as_int(sign) & static_cast<int32_t>(0x80000000)));
 }
 
+// 2^n for an integer n from -190 to 63, in two factors: `scale` and, so that subnormal results are rounded once, kRescale.
+// Adding kRounding to a number rounds it to an integer n and leaves the bits of n + 64 where an exponent needs them.
+constexpr float kRounding = 12582912.0f + 191.0f;  // 1.5 * 2^23 + 127 + 64
+constexpr float kRescale = 0x1.0p-64f;
+CHAINZRULE_INLINE VectorFloat scale(VectorFloat rounded) { return as_float(as_int(rounded) << 23); }
+
+// For x <= 43, which is all that the activations ask of it.
 CHAINZRULE_INLINE VectorFloat exponential(VectorFloat x) {
-  // Beyond these the result is 0 or Inf; NaN compares false and stays.
-  x = x > 89.0f ? broadcast(89.0f) : x;
+  // Below this the result is 0; NaN compares false and stays.
   x = x < -104.0f ? broadcast(-104.0f) : x;
-  // x = n log 2 + r, |r| <= log(2)/2. Adding 1.5 * 2^23 rounds to an integer, which then stands in the last bits.
-  const float magic = 12582912.0f;
-  const VectorFloat shifted = x * 1.44269504088896341f + magic;
-  const VectorFloat n = shifted - magic;
+  // x = n log 2 + r, |r| <= log(2)/2.
+  const VectorFloat rounded = x * 1.44269504088896341f + kRounding;
+  const VectorFloat n = rounded - kRounding;
   VectorFloat r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   VectorFloat p = 1.9875691500e-4f * r + 1.3981999507e-3f;
@@ -151,46 +158,55 @@ CHAINZRULE_INLINE VectorFloat exponential(VectorFloat x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // 2^n in two factors, so that subnormal results and n = 128 come out right.
-  const VectorInt exponent = as_int(shifted) - as_int(broadcast(magic));
-  const VectorInt half = exponent >> 1;
-  return p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * scale(rounded) * kRescale;
 }
 
-CHAINZRULE_INLINE VectorFloat error_function(VectorFloat x) {
-  const VectorFloat t = absolute(x);
-  const VectorFloat s = x * x;
-  // |x| > 0.93: 1 - exp(polynomial)
-  VectorFloat far = (-1.72853470e-5f * t + 3.83197126e-4f) * s + (-3.88396438e-3f * t + 2.42546219e-2f);
-  far = far * t - 1.06777877e-1f;
-  far = far * t - 6.34846687e-1f;
-  far = far * t - 1.28717512e-1f;
-  far = far * t - t;
-  far = with_sign_of(1.0f - exponential(far), x);
-  // |x| <= 0.93: x + x * polynomial(x^2)
-  VectorFloat near = -5.96761703e-4f * s + 4.99119423e-3f;
-  near = near * s - 2.67681349e-2f;
-  near = near * s + 1.12819925e-1f;
-  near = near * s - 3.76125336e-1f;
-  near = near * s + 1.28379166e-1f;
-  near = near * x + x;
-  return t <= 0.927734375f ? near : far;
+// Density and probability of the normal distribution from one exponential e = exp(-x^2 / 2): the density is a multiple of e,
+// and the probability of the tail beyond |x| is e P(|x|) / Q(|x|). csrc/math/fit_normal.py found the coefficients.
+CHAINZRULE_INLINE NormalDistribution<VectorFloat> normal_distribution(VectorFloat x) {
+  // Beyond 16 both are 0 or 1; NaN compares false and stays.
+  VectorFloat a = absolute(x);
+  a = a > 16.0f ? broadcast(16.0f) : a;
+  const VectorFloat a_sq = a * a;
+  // e = 2^(n + r), |r| <= 1/2.
+  const float minus_half_log2_e = -0.72134752044448170f;
+  const VectorFloat rounded = a_sq * minus_half_log2_e + kRounding;
+  const VectorFloat r = a_sq * minus_half_log2_e - (rounded - kRounding);
+  VectorFloat power = 1.53293106e-4f * r + 1.33909704e-3f;
+  power = power * r + 9.61849932e-3f;
+  power = power * r + 5.55035956e-2f;
+  power = power * r + 2.40226477e-1f;
+  power = power * r + 6.93147182e-1f;
+  power = power * r + 1.0f;
+  const VectorFloat e = power * scale(rounded) * kRescale;
+  VectorFloat p = 4.1901716e-3f * a + 4.11449485e-2f;
+  p = p * a + 1.84772849e-1f;
+  p = p * a + 4.40400332e-1f;
+  p = p * a + 0.5f;
+  VectorFloat q = 1.05031021e-2f * a + 1.03140756e-1f;
+  q = q * a + 4.73523557e-1f;
+  q = q * a + 1.20893848f;
+  q = q * a + 1.67868555f;
+  q = q * a + 1.0f;
+  const VectorFloat tail = e * p / q;
+  return {0.39894228040143267794f * e, x < 0.0f ? tail : 1.0f - tail};
 }
 
-CHAINZRULE_INLINE VectorFloat hyperbolic_tangent(VectorFloat x, VectorFloat decay) {
+CHAINZRULE_INLINE VectorFloat hyperbolic_tangent(VectorFloat x, VectorFloat decay, VectorFloat reciprocal) {
   const VectorFloat s = x * x;
   VectorFloat near = -5.70498872745e-3f * s + 2.06390887954e-2f;
   near = near * s - 5.37397155531e-2f;
   near = near * s + 1.33314422036e-1f;
   near = near * s - 3.33332819422e-1f;
   near = near * (s * x) + x;
-  const VectorFloat far = with_sign_of((1.0f - decay) / (1.0f + decay), x);
-  return absolute(x) < 0.625f ? near : far;
+  const VectorFloat far = 1.0f - (2.0f * decay) * reciprocal;
+  return with_sign_of(absolute(x) < 0.625f ? near : far, x);
 }
 
-// For 0 <= x <= 1, which is all that softplus asks of it.
-CHAINZRULE_INLINE VectorFloat logarithm_of_one_plus(VectorFloat x) {
+// For 0 <= x <= 1, which is all that softplus asks of it; `reciprocal` is 1 / (1 + x).
+CHAINZRULE_INLINE VectorFloat logarithm_of_one_plus(VectorFloat x, VectorFloat reciprocal) {
   const VectorFloat sum = 1.0f + x;
   const VectorFloat lost = x - (sum - 1.0f);
   const VectorInt large = sum > 1.41421356f;
@@ -207,28 +223,30 @@ CHAINZRULE_INLINE VectorFloat logarithm_of_one_plus(VectorFloat x) {
   p = p * m * m_sq - 0.5f * m_sq;
   const VectorFloat high = large ? broadcast(0.693359375f) : VectorFloat{};
   const VectorFloat low = large ? broadcast(-2.12194440e-4f) : VectorFloat{};
-  return high + (m + (p + (low + lost / sum)));
+  return high + (m + (p + (low + lost * reciprocal)));
 }
 
 // ---- elementary functions of double vectors: the C library's, element by element (float64 is for checking) -----------
 
-template <class Function>
-CHAINZRULE_INLINE VectorDouble for_each_lane(VectorDouble x, const Function& function) {
-  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = function(x[lane]);
+CHAINZRULE_INLINE VectorDouble exponential(VectorDouble x) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = exponential(x[lane]);
   return x;
 }
-
-CHAINZRULE_INLINE VectorDouble exponential(VectorDouble x) {
-  return for_each_lane(x, [](double v) { return exponential(v); });
+CHAINZRULE_INLINE NormalDistribution<VectorDouble> normal_distribution(VectorDouble x) {
+  NormalDistribution<VectorDouble> result;
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) {
+    const NormalDistribution<double> of_lane = normal_distribution(x[lane]);
+    result.density[lane] = of_lane.density;
+    result.probability[lane] = of_lane.probability;
+  }
+  return result;
 }
-CHAINZRULE_INLINE VectorDouble error_function(VectorDouble x) {
-  return for_each_lane(x, [](double v) { return error_function(v); });
+CHAINZRULE_INLINE VectorDouble logarithm_of_one_plus(VectorDouble x, VectorDouble reciprocal) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = logarithm_of_one_plus(x[lane], reciprocal[lane]);
+  return x;
 }
-CHAINZRULE_INLINE VectorDouble logarithm_of_one_plus(VectorDouble x) {
-  return for_each_lane(x, [](double v) { return logarithm_of_one_plus(v); });
-}
-CHAINZRULE_INLINE VectorDouble hyperbolic_tangent(VectorDouble x, VectorDouble decay) {
-  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = hyperbolic_tangent(x[lane], decay[lane]);
+CHAINZRULE_INLINE VectorDouble hyperbolic_tangent(VectorDouble x, VectorDouble decay, VectorDouble reciprocal) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = hyperbolic_tangent(x[lane], decay[lane], reciprocal[lane]);
   return x;
 }
 

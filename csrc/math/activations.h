@@ -39,29 +39,32 @@ struct Gelu {
     using E = Element<Real>;
     const Real x = bounded(z);
     const Real x_sq = x * x;
-    const Real density = E(0.39894228040143267794) * exponential(E(-0.5) * x_sq);
-    const Real probability = E(0.5) + E(0.5) * error_function(E(0.70710678118654752440) * x);
-    return {z * probability, probability + x * density, density * (E(2) - x_sq)};
+    const NormalDistribution<Real> normal = normal_distribution(x);
+    return {z * normal.probability, normal.probability + x * normal.density, normal.density * (E(2) - x_sq)};
   }
 };
 
-// The logistic function with its first two derivatives, from t = exp(-|z|), which never overflows.
+// The logistic function with its first two derivatives; t = exp(-|z|), which never overflows, and r = 1 / (1 + t).
 template <class Real>
-CHAINZRULE_INLINE Jet<Real> logistic(Real z) {
+CHAINZRULE_INLINE Jet<Real> logistic(Real z, Real t, Real r) {
   using E = Element<Real>;
-  const Real t = exponential(-absolute(z));
-  const Real r = E(1) / (E(1) + t);
   const Real slope = t * r * r;
   const Real twist = (t - E(1)) * r;  // 1 - 2 s for z >= 0
   return {z < E(0) ? t * r : r, slope, slope * (z < E(0) ? -twist : twist)};
 }
 
-// tanh with its first two derivatives; `decay` is exp(-2 |z|).
 template <class Real>
-CHAINZRULE_INLINE Jet<Real> tangent_hyperbolic(Real z, Real decay) {
+CHAINZRULE_INLINE Jet<Real> logistic(Real z) {
   using E = Element<Real>;
-  const Real r = E(1) / (E(1) + decay);
-  const Real value = hyperbolic_tangent(z, decay);
+  const Real t = exponential(-absolute(z));
+  return logistic(z, t, E(1) / (E(1) + t));
+}
+
+// tanh with its first two derivatives; `decay` is exp(-2 |z|), and r = 1 / (1 + decay).
+template <class Real>
+CHAINZRULE_INLINE Jet<Real> tangent_hyperbolic(Real z, Real decay, Real r) {
+  using E = Element<Real>;
+  const Real value = hyperbolic_tangent(z, decay, r);
   // Near 0 the difference loses nothing, and far out the product does not.
   const Real slope = absolute(z) < E(0.5) ? E(1) - value * value : E(4) * decay * r * r;
   return {value, slope, E(-2) * value * slope};
@@ -79,14 +82,15 @@ struct GeluTanh {
     const Real x_sq = x * x;
     const Real u = scale * (x + cubic * x_sq * x);
     const Real decay = exponential(E(-2) * absolute(u));
-    const Jet<Real> t = tangent_hyperbolic(u, decay);
+    const Real r = E(1) / (E(1) + decay);
+    const Jet<Real> t = tangent_hyperbolic(u, decay, r);
     const Real inner_1 = scale * (E(1) + E(3) * cubic * x_sq);
     const Real inner_2 = E(6) * scale * cubic * x;
     const Real t_1 = t.slope * inner_1;
     const Real t_2 = t.slope * inner_2 + t.curvature * inner_1 * inner_1;
     const Real half_x = E(0.5) * x;
     // (1 + tanh(u)) / 2, which is the logistic function of 2 u.
-    const Real gate = (u < E(0) ? decay : Real{} + E(1)) / (E(1) + decay);
+    const Real gate = u < E(0) ? decay * r : r;
     return {z * gate, gate + half_x * t_1, t_1 + half_x * t_2};
   }
 };
@@ -108,7 +112,9 @@ struct Tanh {
 
   template <class Real>
   static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
-    return tangent_hyperbolic(z, exponential(Element<Real>(-2) * absolute(z)));
+    using E = Element<Real>;
+    const Real decay = exponential(E(-2) * absolute(z));
+    return tangent_hyperbolic(z, decay, E(1) / (E(1) + decay));
   }
 };
 
@@ -127,29 +133,34 @@ struct Softplus {
   template <class Real>
   static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
     using E = Element<Real>;
-    const Jet<Real> s = logistic(z);
+    const Real t = exponential(-absolute(z));
+    const Real r = E(1) / (E(1) + t);
+    const Jet<Real> s = logistic(z, t, r);
     const Real positive_part = z < E(0) ? Real{} : z;
-    return {positive_part + logarithm_of_one_plus(exponential(-absolute(z))), s.value, s.slope};
+    return {positive_part + logarithm_of_one_plus(t, r), s.value, s.slope};
   }
 };
 
 struct Mish {
   static constexpr const char* kName = "mish";
 
-  // z w with w = tanh(softplus(z)) = n / (n + 2), n = e (e + 2), e = exp(z). Beyond `saturation` w is 1 to the last bit.
+  // z w with w = tanh(softplus(z)) = n / (n + 2), n = e (e + 2), e = exp(z). Beyond `saturation` w is 1 to the last bit; up to
+  // it e^3 is finite, and one division serves both n + 2 and the 1 + e of the logistic function.
   template <class Real>
   static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
     using E = Element<Real>;
-    const E saturation = E(30);
+    const E saturation = E(29);
     const Real ceiling = Real{} + saturation;
     const Real e = exponential(z > saturation ? ceiling : z);
     const Real n = e * (e + E(2));
-    const Real r = E(1) / (n + E(2));
-    const Real w = n * r;
+    const Real both = E(1) / ((n + E(2)) * (E(1) + e));
+    const Real r = both * (E(1) + e);
+    const Real complement = both * (n + E(2));  // 1 - s
+    const Real s = e * complement;
+    const Real w = z < E(0) ? n * r : E(1) - E(2) * r;
     const Real one_minus_w_sq = z > saturation ? Real{} : E(4) * ((n + E(1)) * r) * r;
-    const Jet<Real> s = logistic(z);
-    const Real w_1 = one_minus_w_sq * s.value;
-    const Real w_2 = one_minus_w_sq * (s.slope - E(2) * w * s.value * s.value);
+    const Real w_1 = one_minus_w_sq * s;
+    const Real w_2 = one_minus_w_sq * (s * complement - E(2) * w * s * s);
     const Real x = bounded(z);
     return {z * w, w + x * w_1, E(2) * w_1 + x * w_2};
   }

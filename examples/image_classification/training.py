@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import chainzrule_kernels as ck
 
 from .data import Images, augmented
-from .resnet import ResNet
+from .resnet import ResNet, without_batch_norm
 
 KERNELS = ("rpkn", "pkn", "kerv", "react", "act", "relu")
 OPTIMIZERS = {"sgd": 0.05, "adam": 1e-3, "momo": 1.0, "momo-adam": 1e-2}
@@ -44,6 +44,7 @@ class Settings:
     depth: int = 10
     width: int = 64
     kernel: str = "rpkn"
+    batch_norm: bool = True
     epochs: int = 20
     batch: int = 128
     optimizer: str = "adam"
@@ -91,7 +92,15 @@ class Epoch:
 
 
 class Divergence(RuntimeError):
-    """The loss is no longer finite."""
+    """The loss or its gradient is no longer finite.
+
+    Attributes:
+        step: at which it was found, 1 for the first.
+    """
+
+    def __init__(self, what: str, value: float, step: int) -> None:
+        super().__init__(f"the {what} is {value} at step {step}")
+        self.step = step
 
 
 class Learner:
@@ -105,7 +114,13 @@ class Learner:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, loss: Tensor, position: int) -> float:
-        """One step of the optimizer; the norm of the gradient before it was clipped."""
+        """One step of the optimizer; the norm of the gradient before it was clipped.
+
+        Raises:
+            Divergence: when loss or norm is not finite; the model is then that before the step.
+        """
+        if not math.isfinite(loss.item()):
+            raise Divergence("loss", loss.item(), position + 1)
         if not self.settings.optimizer.startswith("momo"):  # which finds the size of its steps itself
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * position / self.steps))
@@ -113,6 +128,8 @@ class Learner:
         loss.backward()
         parameters = [value for value in self.model.parameters() if value.grad is not None]
         norm = nn.utils.get_total_norm([value.grad for value in parameters])
+        if not math.isfinite(norm.item()):
+            raise Divergence("gradient's norm", norm.item(), position + 1)
         if self.settings.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
         if self.settings.optimizer.startswith("momo"):
@@ -201,24 +218,51 @@ def student_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, 
     return settings.soft_share * soft + (1 - settings.soft_share) * F.cross_entropy(logits, labels)
 
 
-def make_model(settings: Settings, data: Images) -> tuple[nn.Module, nn.Module]:
-    """The net to train and its vanilla twin, from the same weights."""
+def make_model(
+    settings: Settings, data: Images, weights: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """The net to train and its vanilla twin, from the same weights.
+
+    Args:
+        settings: of the run.
+        data: for the number of colours and classes.
+        weights: a ``state_dict`` of the vanilla net; None for random ones.
+    """
     torch.manual_seed(settings.seed)
-    twin = ResNet(settings.depth, len(data.classes), data.channels, settings.width)
+    twin: nn.Module = ResNet(settings.depth, len(data.classes), data.channels, settings.width)
+    if not settings.batch_norm:
+        without_batch_norm(twin)
+    if weights is not None:
+        twin.load_state_dict(weights)
     model = twin if settings.kernel == "relu" else ck.to_polykervnet(twin, settings.kernel)
     return model, twin
 
 
 class Run:
-    """One training: what it knows, where it stands, and how it goes on."""
+    """One training: what it knows, where it stands, and how it goes on.
 
-    def __init__(self, settings: Settings, data: Images, output: Path, device: torch.device) -> None:
+    Args:
+        settings: of the run.
+        data: to learn.
+        output: a folder for checkpoint and history.
+        device: to train on.
+        weights: of the vanilla net, to start from in place of random ones.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: Images,
+        output: Path,
+        device: torch.device,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.settings = settings
         self.data = data
         self.output = output
         self.device = device
         self.steps_per_epoch = -(-len(data.train_y) // settings.batch)
-        model, twin = make_model(settings, data)
+        model, twin = make_model(settings, data, weights)
         steps = self.steps_per_epoch * settings.epochs
         self.learners = {"student": self._learner(model, steps)}
         if settings.distillation != "none":
@@ -238,7 +282,7 @@ class Run:
             advance: is called after each step with what to show.
 
         Raises:
-            Divergence: when the loss is not finite; the latest checkpoint is from before that.
+            Divergence: when a loss or a gradient is not finite; the latest checkpoint is from before that.
         """
         while self.position < self.steps_per_epoch * self.settings.epochs:
             epoch, first = divmod(self.position, self.steps_per_epoch)
@@ -270,8 +314,6 @@ class Run:
         student = self.learners["student"]
         logits = student.model(x)
         loss = student_loss(logits, y, teacher_logits, self.settings)
-        if not math.isfinite(loss.item()):
-            raise Divergence(f"the loss is {loss.item()} at step {self.position + 1}")
         norm = student.step(loss, self.position)
         self.sums[0] += loss.item() * len(y)
         self.sums[1] += (logits.argmax(1) == y).sum().item()

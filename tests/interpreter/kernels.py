@@ -86,7 +86,7 @@ SHAPES = [
     (40, 300),
     (3, 2304),
     (3, 4099),
-    (2, 5001),
+    (2, 9001),
 ]
 # Where the channels differ there are no wide tiles, and a program for every few channels.
 NO_WIDE_TILES = ("polynomial_dreg[degree 3, shared, row_sq]", "polynomial_dreg[degree 3, per channel]")
