@@ -14,7 +14,7 @@ import torch
 
 import chainzrule_kernels as ck
 from chainzrule_kernels import _native, backends
-from chainzrule_kernels.cli import main, output
+from chainzrule_kernels.cli import OUTPUT_CLOSED, main, output
 from chainzrule_kernels.ops import PUBLIC_OPS
 from chainzrule_kernels.testing.cases import CASES
 
@@ -80,6 +80,20 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 def _validated(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     status = main(["validate", "--json", *arguments])
     return status, json.loads(capsys.readouterr().out)
+
+
+def test_a_reader_that_stops_reading() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "chainzrule_kernels", "info", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == OUTPUT_CLOSED
 
 
 def test_validate_as_json() -> None:

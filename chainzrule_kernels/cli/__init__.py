@@ -6,11 +6,16 @@ A command is a module here with ``add_arguments(parser)`` and ``run(arguments) -
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from chainzrule_kernels.cli import bench, demo, info, inspect, validate
 
 COMMANDS = {"info": info, "validate": validate, "demo": demo, "bench": bench, "inspect": inspect}
+
+OUTPUT_CLOSED = 128 + 13
+"""The exit status that a shell gives a program which SIGPIPE ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,5 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads has read enough, as `head` does. Python would complain once more when it closes the output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OUTPUT_CLOSED
     return status

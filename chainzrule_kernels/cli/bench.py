@@ -93,12 +93,15 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     content = _measured(arguments, names)
     content["seconds"] = round(time.perf_counter() - start, 1)
+    # Kept before anything is printed: whoever reads the output may stop reading.
+    messages = _keep(arguments, content)
     if arguments.json != "-":
         record.show(content, whole=arguments.suite is None)
         print(f"{len(reading.read(content).comparisons)} comparisons in {content['seconds']} s")
     for name, error in content["errors"].items():
         print(f"bench: {name} broke off: {error}", file=sys.stderr)
-    _keep(arguments, content)
+    for message in messages:
+        print(message, file=sys.stderr if arguments.json == "-" else sys.stdout)
     return FAILED if content["errors"] or _is_wrong(content) else MEASURED
 
 
@@ -200,29 +203,30 @@ def _repetitions(arguments: argparse.Namespace, names: list[str]) -> Iterator[di
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def _keep(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
-    """Write what was asked for; the messages go where the JSON object does not."""
+def _keep(arguments: argparse.Namespace, content: dict[str, Any]) -> list[str]:
+    """Write what was asked for, and say what was written where."""
     from bench import record, table
 
-    messages = sys.stderr if arguments.json == "-" else sys.stdout
+    messages = []
     history = _history(arguments)
-    if arguments.json == "-":
-        print(json.dumps(content, indent=1))
-    elif arguments.json is not None:
+    if arguments.json not in (None, "-"):
         path = Path(arguments.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {arguments.json}", file=messages)
+        messages.append(f"written to {path}")
     elif history is not None and arguments.suite is None:
-        print(f"written to {record.write(content, history.parent)}", file=messages)
+        messages.append(f"written to {record.write(content, history.parent)}")
     rows = arguments.csv or history
     if rows is not None:
         table.append(content, rows)
-        print(f"rows appended to {rows}", file=messages)
+        messages.append(f"rows appended to {rows}")
     if arguments.report is not None:
         from bench import report
 
-        print(f"report: {report.write(content, arguments.report)}", file=messages)
+        messages.append(f"report: {report.write(content, arguments.report)}")
+    if arguments.json == "-":
+        print(json.dumps(content, indent=1))
+    return messages
 
 
 def _compare(before: Path, after: Path) -> int:
