@@ -320,18 +320,25 @@ def _report_tails(rows: Sequence[Row], ranked: Any, out: Path) -> None:
         ("network", *next(iter(means.values()))),
         [[name, *(f"{value:.3f}" for value in line.values())] for name, line in means.items()],
     )
-    by_fraction = []
+    by_fraction, of_means = [], []
     for fraction in sorted({row["fraction"] for row in rows}):
-        line = [f"{fraction:.0%}"]
+        line, line_of_means = [f"{fraction:.0%}"], [f"{fraction:.0%}"]
         for column in columns:
             signs = [_rank_correlation(rows, nets, column, fraction, split) for split in {row["split"] for row in rows}]
             line.append(f"{np.nanmean(signs):+.2f}")
+            pair = (
+                [float(np.mean(values_of(rows, name, method, fraction=fraction))) for method in nets]
+                for name in (column, "accuracy")
+            )
+            line_of_means.append(f"{statistics.rank_correlation(*pair):+.2f}")
         by_fraction.append(line)
-    command.print_table(
-        "Spearman's correlation with the accuracy over the networks, mean of the splits",
-        ("training data", *next(iter(means.values()))),
-        by_fraction,
-    )
+        of_means.append(line_of_means)
+    for what, lines in (("mean of the splits", by_fraction), ("of the means over the splits", of_means)):
+        command.print_table(
+            f"Spearman's correlation with the accuracy over the networks, {what}",
+            ("training data", *next(iter(means.values()))),
+            lines,
+        )
     over_splits = []
     for method in ranked:
         accuracies = values_of(rows, "accuracy", method, fraction=1.0)
