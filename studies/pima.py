@@ -96,7 +96,8 @@ QUICK_CHOICES = [{"width": 8, "learning_rate": 3e-3, "steps": 20}]
 def choose(pima: data.Dataset, out: Path, quick: bool) -> Row:
     """The choice with the best mean accuracy of ReLU and ChainzRule over folds of the first split's training part."""
     keys = {"width": int, "learning_rate": float, "steps": int, "model": str, "fold": int}
-    store = Store(out, "pima_choice", keys, {"accuracy": float}, {"folds": FOLDS})
+    with command.refusing("pima"):
+        store = Store(out, "pima_choice", keys, {"accuracy": float}, {"folds": FOLDS})
     choices = QUICK_CHOICES if quick else CHOICES
     configurations = [
         {**choice, "model": model, "fold": fold}
@@ -436,10 +437,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
     arguments = command.parser("pima", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
-    pima = data.load("Pima", arguments.data)
+    with command.refusing("pima"):
+        pima = data.load("Pima", arguments.data)
     choice = choose(pima, out, arguments.quick)
     print(f"chosen within the training part of the first split: {choice}")
-    store = Store(out, "pima", KEYS, VALUES, {**choice, "seeds": SEEDS, "look_every": LOOK_EVERY})
+    with command.refusing("pima"):
+        store = Store(out, "pima", KEYS, VALUES, {**choice, "seeds": SEEDS, "look_every": LOOK_EVERY})
     wanted = configurations(arguments.quick)
     command.run_missing("Pima", store, wanted, lambda configuration: run(pima, configuration, choice))
     report(store.of(wanted), out)

@@ -303,9 +303,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = command.parser("sweep", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
     wanted = configurations(arguments.quick)
-    datasets = {name: data.load(name, arguments.data) for name in dict.fromkeys(row["dataset"] for row in wanted)}
-    settings = settings_of(arguments.quick)
-    store = Store(out, "sweep", KEYS, VALUES, shared(settings))
+    with command.refusing("sweep"):
+        datasets = {name: data.load(name, arguments.data) for name in dict.fromkeys(row["dataset"] for row in wanted)}
+        settings = settings_of(arguments.quick)
+        store = Store(out, "sweep", KEYS, VALUES, shared(settings))
     command.run_missing("Sweep", store, wanted, lambda configuration: run(datasets, configuration, settings))
     report(store.of(wanted), out)
     print(f"\nResults and pictures: {out}")

@@ -16,6 +16,7 @@ from studies.training import Settings, batches, train
 
 KEYS = {"name": str, "seed": int, "fraction": float}
 VALUES = {"accuracy": float}
+PIMA_HEADER = ",".join((*data.PIMA_FEATURES, "outcome\n")).encode()
 
 
 def make_store(folder: Path, **settings: float) -> Store:
@@ -138,11 +139,39 @@ def test_a_noisy_version_has_other_features_and_some_wrong_labels():
     assert (noisy.test_x - clean.test_x).std().item() == pytest.approx(data.FEATURE_NOISE, rel=0.02)
 
 
-def test_a_file_with_other_columns_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "expected the columns pregnancies"),
+        (b"a,b\n1,2\n", "expected the columns pregnancies"),
+        (b"\x89PNG\xff\xfe", "can't decode"),
+        (PIMA_HEADER, "expected a line for each sample"),
+        (PIMA_HEADER + b"1,2,3,4,5,6,7,8,yes\n", "yes"),
+        (PIMA_HEADER + b"1,0\n2,1\n", "expected 9 numbers a line, got 2"),
+        (PIMA_HEADER + b"1,2,3,4,5,6,7,8,2\n", "expected the outcomes 0 and 1"),
+    ],
+    ids=["empty", "columns", "picture", "no samples", "words", "few numbers", "outcomes"],
+)
+def test_a_file_that_is_not_the_pima_data_is_refused_in_one_line(content, what, tmp_path, capsys):
     path = tmp_path / "other.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="expected the columns pregnancies"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=what):
         data.load("Pima", path)
+    with pytest.raises(SystemExit, match="2"):
+        tail_ratio.main(["--quick", "--data", str(path), "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"python -m studies.tail_ratio: error: data: {path}: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_files_and_folders_that_cannot_be_used_are_refused_in_one_line(pima_file, tmp_path, capsys):
+    for options in (["--data", str(tmp_path / "none.csv")], ["--data", str(pima_file), "--out", str(pima_file)]):
+        with pytest.raises(SystemExit, match="2"):
+            tail_ratio.main(["--quick", *options])
+        error = capsys.readouterr().err
+        assert error.startswith("python -m studies.tail_ratio: error: ")
+        assert options[-1] in error
+        assert len(error.splitlines()) == 1
 
 
 def test_protocols_leak_what_they_say(pima_file):
