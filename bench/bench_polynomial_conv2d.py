@@ -74,7 +74,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def workload(op: str, layer: Layer) -> Workload:
-    """``x, weight, bias, a, c`` of an R-PKN layer, and what arrives for its results."""
+    """``x, weight, bias, a, c`` of an R-PKN layer, and what arrives for its results.
+
+    A forward must read ``x`` and the weight and write ``y``, and for a backward the sums. That one reads ``x``, the
+    weight, the sums and the gradient of ``y``, and writes the gradients of ``x`` and of the weight.
+    """
     numbers = torch.Generator().manual_seed(0)
     x = torch.randn(layer.images, layer.channels, layer.size, layer.size, generator=numbers)
     fan_in = layer.channels * layer.window**2
@@ -84,7 +88,7 @@ def workload(op: str, layer: Layer) -> Workload:
     y = torch.randn(layer.images, layer.filters, layer.size, layer.size, generator=numbers)
     y = y.contiguous(memory_format=torch.channels_last)
     gradients = (y, torch.randn(layer.images, generator=numbers)) if op.endswith("_dreg") else (y,)
-    read, written = 4 * x.numel(), 4 * y.numel()
+    read, written, taps = 4 * x.numel(), 4 * y.numel(), 4 * weight.numel()
     arguments = (x, weight, bias, torch.tensor(0.009), torch.tensor(0.47))
     product = 2 * y.numel() * fan_in
     return Workload(
@@ -92,14 +96,15 @@ def workload(op: str, layer: Layer) -> Workload:
         str(layer),
         arguments,
         gradients,
-        read + written,
-        2 * read + 2 * written,
+        read + taps + written,
+        2 * (read + taps + written),
         product,
         2 * product,
         layer.sweep,
         layer.position,
         layer.model,
         compiled=op == "polynomial_conv2d",
+        saved_bytes=written,
     )
 
 

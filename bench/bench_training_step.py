@@ -129,11 +129,28 @@ def only_dreg(penalties: dict[str, Penalty | None]) -> dict[str, Penalty | None]
     return {name: penalties[name] for name in ("without DREG", "fused")}
 
 
+def operations_of_products(example: Example) -> int:
+    """Of the matrix products of a step: one for each layer's output, its weight's gradient and its input's.
+
+    The first layer is narrower and its input needs no gradient, so that they do not go as the depth.
+    """
+    model, x, _ = example
+    weights = [parameter.numel() for name, parameter in model.named_parameters() if name.endswith("weight")]
+    return 2 * len(x) * (3 * sum(weights) - weights[0])
+
+
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_over_depths(compare: Callable[..., None], shrunk: Callable[[Size], Size], depth: int) -> None:
     size = shrunk(DEPTH_SIZE)
     example, penalties = example_and_penalties("ChainzRule", size, depth)
-    comparison = measure.Comparison("training step", f"{size}, depth {depth}", "both", sweep="depth", position=depth)
+    comparison = measure.Comparison(
+        "training step",
+        f"{size}, depth {depth}",
+        "both",
+        operations=operations_of_products(example),
+        sweep="depth",
+        position=depth,
+    )
     compare(comparison, providers_of(example, only_dreg(penalties)))
 
 
@@ -141,5 +158,12 @@ def test_over_depths(compare: Callable[..., None], shrunk: Callable[[Size], Size
 def test_over_batches(compare: Callable[..., None], shrunk: Callable[[Size], Size], point: Size) -> None:
     size = shrunk(point)
     example, penalties = example_and_penalties("ChainzRule", size)
-    comparison = measure.Comparison("training step", str(size), "both", sweep=size.sweep, position=size.position)
+    comparison = measure.Comparison(
+        "training step",
+        str(size),
+        "both",
+        operations=operations_of_products(example),
+        sweep=size.sweep,
+        position=size.position,
+    )
     compare(comparison, providers_of(example, only_dreg(penalties)))

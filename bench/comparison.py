@@ -93,10 +93,16 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
 
 def is_slower(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether something of this package got slower beyond noise, or lost its figure because its answer is wrong now."""
-    if any(change.verdict == "slower" and change.provider in reading.OURS for change in changes(before, after)):
+    """Whether something of this package got slower beyond noise, or lost its figure because its answer is wrong now.
+
+    The times of quick runs say nothing, so that none of them counts.
+    """
+    older, newer = reading.read(before), reading.read(after)
+    if any(provider in reading.OURS for _, provider, _ in _newly_failed(older, newer)):
         return True
-    return any(provider in reading.OURS for _, provider, _ in _newly_failed(reading.read(before), reading.read(after)))
+    if older.quick or newer.quick:
+        return False
+    return any(change.verdict == "slower" and change.provider in reading.OURS for change in changes(before, after))
 
 
 def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

@@ -2,10 +2,10 @@
 
 A time that follows ``t = a x^e`` is a line of slope ``e`` on logarithmic axes; ``e`` is fitted by least squares over
 the points of a sweep, with its standard error. The predicted exponent is the same fit of what must be done at these
-points: of the floating-point operations where those bound the work, else of the bytes that must move. So with 1 to 8
-tangents, whose bytes go as ``1 + T``, it is below 1. Where a result file says neither, the sweep's own exponent stands
-in for it: time is linear in the batch, the width, the tangents and the depth; the degree, which adds arithmetic and no
-bytes, costs nothing as long as memory is the bound.
+points: of the floating-point operations where those bound the work, else of the bytes that must move, which are all
+that a copy has. So with 1 to 8 tangents, whose bytes go as ``1 + T``, it is below 1. Where a result file says neither,
+the sweep's own exponent stands in for it: time is linear in the batch, the width, the tangents and the depth; the
+degree, which adds arithmetic and no bytes, costs nothing as long as memory is the bound.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from bench import reading
 from bench.measure import Comparison
+from bench.providers import COPIES
 
 STATED = {"batch": 1.0, "width": 1.0, "channels": 1.0, "tangents": 1.0, "depth": 1.0, "degree": 0.0}
 """Exponents for comparisons that say neither bytes nor operations."""
@@ -137,12 +138,12 @@ def _of_series(series: Sequence[Comparison]) -> Iterator[Growth]:
             seconds,
             exponent,
             standard_error,
-            _predicted(points, positions),
+            _predicted(points, positions, provider),
         )
 
 
-def _predicted(points: Sequence[Comparison], positions: Sequence[float]) -> float | None:
-    for quantity in ("operations", "bytes"):
+def _predicted(points: Sequence[Comparison], positions: Sequence[float], provider: str) -> float | None:
+    for quantity in ("bytes",) if provider in COPIES else ("operations", "bytes"):
         amounts = [getattr(comparison, quantity) for comparison in points]
         if all(amounts):
             return fit(positions, amounts)[0]

@@ -85,7 +85,13 @@ def read(results: Mapping[str, Any]) -> Run:
     if not on_gpu and "comparisons" not in results:
         raise ValueError(f"results: expected the key 'comparisons' or 'results', got {sorted(results)}")
     machine = results.get("machine", {})
-    comparisons = _of_gpu(results) if on_gpu else (_comparison(entry) for entry in results["comparisons"])
+    try:
+        comparisons = tuple(_of_gpu(results) if on_gpu else map(_comparison, results["comparisons"]))
+        promises = tuple(_promise(entry) for entry in results.get("bounds", ()))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"results: an entry is not what a result file holds ({type(error).__name__}: {error})"
+        ) from error
     return Run(
         date=results.get("date", "unknown"),
         device=machine.get("gpu") or machine.get("processor") or "unknown",
@@ -94,8 +100,8 @@ def read(results: Mapping[str, Any]) -> Run:
         machine=machine,
         versions=results.get("versions", {}),
         quick=bool(results.get("quick", False)),
-        promises=tuple(_promise(entry) for entry in results.get("bounds", ())),
-        comparisons=tuple(comparisons),
+        promises=promises,
+        comparisons=comparisons,
     )
 
 

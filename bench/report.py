@@ -197,8 +197,6 @@ def _standing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
             "cells": ["–"] * len(STANDING_COLUMNS),
         }
     mine = str(reading.ours(chosen))
-    peers = [name for name in chosen.timings if report_charts.role(name) == "peer"]
-    nearest = min(peers, key=lambda name: chosen.timings[name].median, default=None)
     return {
         "op": chosen.op,
         "label": chosen.label,
@@ -207,7 +205,7 @@ def _standing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "cells": [
             _against(chosen, "eager" if "eager" in chosen.timings else "plain"),
             _against(chosen, "compile"),
-            _against(chosen, nearest) if nearest else "–",
+            _against_peer(comparisons, chosen),
             _over_floor(chosen, mine),
             _memory_share(comparisons, chosen),
         ],
@@ -221,6 +219,22 @@ def _against(comparison: Comparison, other: str) -> str:
         return "–"
     words = _faster(comparison.timings[mine], comparison.timings[other])
     return words if report_charts.role(other) != "peer" else f"{words} ({other})"
+
+
+def _against_peer(comparisons: Sequence[Comparison], chosen: Comparison) -> str:
+    """The same against the fastest peer: at the chosen arguments, or at those of the op that have one."""
+    found = [
+        (one, name)
+        for one in comparisons
+        if one.sweep is None and one.stage == chosen.stage and reading.ours(one)
+        for name in one.timings
+        if report_charts.role(name) == "peer"
+    ]
+    if not found:
+        return "–"
+    one, name = min(found, key=lambda at: (at[0] is not chosen, at[0].ratio(at[1], str(reading.ours(at[0])))))
+    words = _against(one, name)
+    return words if one is chosen else f"{words} at {one.label}"
 
 
 def _faster(mine: Timing, other: Timing) -> str:
@@ -426,12 +440,16 @@ def _growth_rows(growths: Sequence[growth.Growth]) -> list[dict[str, Any]]:
     for one in growths:
         key = (one.op, one.stage, one.sweep)
         extent = f"{one.sweep}, {one.positions[0]:g} to {one.positions[-1]:g}"
-        row = rows.setdefault(key, {"what": f"{one.op}, {STAGES.get(one.stage, one.stage)}", "sweep": extent})
+        what = f"{one.op}, {STAGES.get(one.stage, one.stage)}"
+        # A dash for each column from the start: a template takes a key that is missing for a method of the dictionary.
+        columns = dict.fromkeys(("ours", "eager", "copy"), "–")
+        row = rows.setdefault(key, {"what": what, "sweep": extent, **columns})
         kind = report_charts.role(one.provider)
-        row.setdefault(kind, growth.exponent_text(one))
+        if row.get(kind) == "–":
+            row[kind] = growth.exponent_text(one)
         if kind == "ours":
             row["predicted"] = "–" if one.predicted is None else f"{one.predicted:.2f}"
-    return [row for row in rows.values() if "ours" in row]
+    return [row for row in rows.values() if row["ours"] != "–"]
 
 
 def _instruction_counts() -> dict[str, Any] | None:

@@ -51,23 +51,33 @@ def append(results: Mapping[str, Any], path: Path) -> None:
         ValueError: when the file has other columns, before anything is written.
     """
     new = list(rows(results))
-    is_there = path.exists() and path.stat().st_size > 0
-    if is_there:
-        with path.open(newline="", encoding="utf-8") as file:
-            found = tuple(next(csv.reader(file)))
-        if found != COLUMNS:
-            missing = [name for name in COLUMNS if name not in found]
-            unknown = [name for name in found if name not in COLUMNS]
-            raise ValueError(
-                f"path: {path} has other columns than the rows to append (missing {missing}, unknown {unknown}, "
-                f"{len(found)} where {len(COLUMNS)} were expected); move it away or name another file"
-            )
+    is_there = require_same_columns(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if not is_there:
             writer.writeheader()
         writer.writerows(new)
+
+
+def require_same_columns(path: Path) -> bool:
+    """Whether the file is there, with the columns of the rows to append.
+
+    Raises:
+        ValueError: when it has others.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open(newline="", encoding="utf-8") as file:
+        found = tuple(next(csv.reader(file)))
+    if found != COLUMNS:
+        missing = [name for name in COLUMNS if name not in found]
+        unknown = [name for name in found if name not in COLUMNS]
+        raise ValueError(
+            f"path: {path} has other columns than the rows to append (missing {missing}, unknown {unknown}, "
+            f"{len(found)} where {len(COLUMNS)} were expected); move it away or name another file"
+        )
+    return True
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

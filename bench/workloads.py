@@ -75,8 +75,9 @@ class Workload:
         label: which arguments, unique among the workloads of the op.
         arguments: positional, tensors and constants.
         gradients: what arrives for each output in the backward.
-        forward_bytes: read and written by a forward pass that touches each large tensor once.
+        forward_bytes: read and written by a forward pass without gradients that touches each large tensor once.
         backward_bytes: the same of a backward pass.
+        saved_bytes: what a forward pass writes beside its results for the backward one.
         forward_operations: floating-point operations of a forward pass, where those bound the work.
         backward_operations: the same of a backward pass.
         sweep: which quantity grows over a series of workloads.
@@ -101,6 +102,7 @@ class Workload:
     form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     peers: tuple[Peer, ...] = ()
     compiled: bool = True
+    saved_bytes: int = 0
 
     @property
     def fused(self) -> Callable[..., Any]:
@@ -117,13 +119,15 @@ class Workload:
 
     def bytes_at(self, stage: str) -> int:
         """The bytes that a stage must move."""
-        return _at(stage, self.forward_bytes, self.backward_bytes)
+        both = self.forward_bytes + self.saved_bytes + self.backward_bytes
+        return {"forward": self.forward_bytes, "backward": self.backward_bytes, "both": both}[stage]
 
     def operations_at(self, stage: str) -> int | None:
         """The floating-point operations of a stage, where those bound the work."""
         if self.forward_operations is None or self.backward_operations is None:
             return None
-        return _at(stage, self.forward_operations, self.backward_operations)
+        both = self.forward_operations + self.backward_operations
+        return {"forward": self.forward_operations, "backward": self.backward_operations, "both": both}[stage]
 
     def in_float64(self) -> Workload:
         """The same workload on the same rounded values, in double precision."""
@@ -133,11 +137,8 @@ class Workload:
             gradients=tuple(gradient.double() for gradient in self.gradients),
             forward_bytes=2 * self.forward_bytes,
             backward_bytes=2 * self.backward_bytes,
+            saved_bytes=2 * self.saved_bytes,
         )
-
-
-def _at(stage: str, forward: int, backward: int) -> int:
-    return {"forward": forward, "backward": backward, "both": forward + backward}[stage]
 
 
 def polynomial(size: Size) -> Workload:
@@ -260,7 +261,8 @@ def _linear(draw: _Draw, size: Size, op: str, form: str, arguments: tuple[Any, .
     gradients = (draw.data(size), draw.per_row(size))
     workload = _on(size, op, form, arguments, gradients, _linear_floors(x, weight))
     product = 2 * size.rows * weight.numel()
-    return replace(workload, forward_operations=product, backward_operations=2 * product)
+    saved = _bytes(gradients[0])
+    return replace(workload, saved_bytes=saved, forward_operations=product, backward_operations=2 * product)
 
 
 def polynomial_spatial_dreg(shape: tuple[int, int, int, int], model: str) -> Workload:
@@ -298,7 +300,10 @@ def _on_maps(
 ) -> Workload:
     label = "x".join(map(str, shape)) + (f", {form}" if form else "")
     gradients = (draw.feature_maps(shape), draw.per_element(shape[:1]))
-    return Workload(op, label, arguments, gradients, *_floors(arguments[0]), model=model)
+    forward, backward = _floors(arguments[0])
+    # Some images only share the squared taps, so that these are no small tensor: read, and their gradient written.
+    taps = _bytes(arguments[2])
+    return Workload(op, label, arguments, gradients, forward + taps, backward + 2 * taps, model=model)
 
 
 class _Draw:
@@ -353,9 +358,9 @@ def _tangent_part(draw: _Draw, size: Size, z_dot: Tensor) -> tuple[tuple[Tensor,
 
 
 def _linear_floors(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Forward: read ``x`` and the weight, write ``z`` and ``y``.
+    """Forward: read ``x`` and the weight, write ``y``; for a backward ``z`` as well, which is counted as saved.
 
     Backward: read ``x``, the weight, ``z`` and the gradient of ``y``, write the gradients of ``x`` and of the weight.
     """
     y = _bytes(x) // weight.shape[1] * weight.shape[0]
-    return _bytes(x) + 2 * y + _bytes(weight), 2 * _bytes(x) + 2 * y + 2 * _bytes(weight)
+    return _bytes(x) + y + _bytes(weight), 2 * _bytes(x) + 2 * y + 2 * _bytes(weight)

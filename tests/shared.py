@@ -38,7 +38,8 @@ def is_linear(case: Case) -> bool:
 
 def sums_as_memory_lies(case: Case) -> bool:
     """Whether another arrangement of the data in memory may be summed in another order."""
-    return is_linear(case) or "_spatial_" in case.op
+    keeps_channels_innermost = "_spatial_" in case.op or (case.op == "polynomial" and "shared" in case.form)
+    return is_linear(case) or keeps_channels_innermost
 
 
 def gradients_for(results: Sequence[Tensor], seed: int = 1) -> list[Tensor]:

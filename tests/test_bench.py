@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import chainzrule_kernels as ck
-from bench import measure, peers, providers, suites, workloads
+from bench import (
+    bench_polynomial_conv2d,
+    bench_training_step,
+    measure,
+    peers,
+    providers,
+    suites,
+    workloads,
+)
 from bench.measure import Comparison, Timing
 from chainzrule_kernels.cli import bench as command
 from chainzrule_kernels.cli import main
@@ -55,6 +65,45 @@ def test_without_the_repository(
         "bench: the suites are in the repository of this package, in bench/, and not in an installed package: "
         "run this in a checkout"
     ]
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--report"])
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str
+) -> None:
+    monkeypatch.setattr(suites, "measure", lambda *arguments: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("date,op,colour\n")
+    assert main(["bench", "--quick", option, str(tmp_path / "file" / "inside")]) == 2
+    assert f"bench: {option}: {tmp_path / 'file'} is a file, expected a folder" in capsys.readouterr().err
+    (tmp_path / "index.html").mkdir()
+    folder = tmp_path if option == "--report" else tmp_path / "index.html"
+    assert main(["bench", "--quick", option, str(folder)]) == 2
+    assert "index.html is a folder, expected a file" in capsys.readouterr().err
+    assert main(["bench", "--quick", "--csv", str(tmp_path / "file")]) == 2
+    assert "has other columns" in capsys.readouterr().err
+
+
+def test_a_report_without_its_template_language(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+    monkeypatch.setattr(suites, "measure", lambda *arguments: pytest.fail("it was measured"))
+    assert main(["bench", "--quick", "--report", str(tmp_path)]) == 2
+    assert "--report needs jinja2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5"])
+def test_a_number_of_repetitions_that_is_none(capsys: pytest.CaptureFixture[str], number: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", f"--repeat={number}"])
+    assert f"expected a whole number of at least 1, got {number}" in capsys.readouterr().err
+
+
+def test_a_repetition_that_dies_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="repetition 1 ended with status 1"):
+        main(["bench", "--quick", "--repeat", "2", "--json", "-"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -135,6 +184,34 @@ def test_repeated_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             assert min(timing["run_medians"]) <= timing["median"] <= max(timing["run_medians"])
 
 
+def test_bytes_of_each_stage_are_those_that_must_move() -> None:
+    size = workloads.Size("linear", 8, 32, inputs=16)
+    x, z, weight = 4 * 8 * 16, 4 * 8 * 32, 4 * 16 * 32
+    linear = workloads.linear_polynomial_dreg(size)
+    # Only a forward that a backward follows must keep z.
+    assert linear.bytes_at("forward") == x + weight + z
+    assert linear.bytes_at("backward") == 2 * (x + weight + z)
+    assert linear.bytes_at("both") == linear.bytes_at("forward") + z + linear.bytes_at("backward")
+    maps = workloads.polynomial_spatial_dreg((2, 8, 7, 7), "a model")
+    z, taps = 4 * 2 * 8 * 49, 4 * 8 * 49
+    assert [maps.bytes_at(stage) for stage in providers.STAGES] == [2 * z + taps, 3 * z + 2 * taps, 5 * z + 3 * taps]
+    # At the last layers of a ResNet the weight is larger than the images.
+    layer = bench_polynomial_conv2d.Layer(8, 16, 7, 3, images=2)
+    convolution = bench_polynomial_conv2d.workload("polynomial_conv2d", layer)
+    x, z, weight = 4 * 2 * 8 * 49, 4 * 2 * 16 * 49, 4 * 8 * 16 * 9
+    assert convolution.bytes_at("forward") == x + weight + z
+    assert convolution.bytes_at("both") == 3 * (x + weight + z) + z
+
+
+def test_the_predicted_growth_of_a_training_step_is_that_of_its_products() -> None:
+    size = workloads.Size("step", 6, 32)
+    for depth in (1, 3):
+        example, _ = bench_training_step.example_and_penalties("ChainzRule", size, depth)
+        with FlopCounterMode(display=False) as counted:
+            bench_training_step.Step(example, bench_training_step.no_penalty)()
+        assert bench_training_step.operations_of_products(example) == counted.get_total_flops()
+
+
 def test_repetitions_are_merged() -> None:
     def one(median: float, peak: int, **more: Any) -> Comparison:
         timings = {"fused": Timing(median, median - 0.5, median + 0.5, 10), "eager": Timing(2 * median, 0, 9, 10)}
@@ -161,3 +238,16 @@ def test_comparing_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert main(["bench", "--compare", str(file), str(slower)]) == 1
     assert main(["bench", "--compare", str(file), str(tmp_path / "missing.json")]) == 2
     assert "missing.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["no JSON", "[1]", '{"a": 1}', '{"comparisons": [{"op": "x"}]}', '{"comparisons": [3]}']
+)
+def test_comparing_what_is_no_result_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str) -> None:
+    # Status 1 would say that something became slower.
+    file = next(path for path in (suites.FOLDER / "results").glob("*-threads-*.json"))
+    other = tmp_path / "other.json"
+    other.write_text(content)
+    assert main(["bench", "--compare", str(file), str(other)]) == 2
+    assert "bench: --compare: " in (said := capsys.readouterr().err)
+    assert "other.json" in said

@@ -196,6 +196,20 @@ def test_report_says_where_ours_stands(content: str) -> None:
     assert [mark in text for mark in ("✗ missed", "✓ met", "– not measured")] == [True] * 3
 
 
+def test_a_peer_at_other_arguments_of_an_op_is_shown_with_them() -> None:
+    run = results()
+    both = next(one for one in run["comparisons"] if one["op"] == "polynomial" and one["stage"] == "both")
+    peer = {"torchortho": timing(6e-4), "fused": timing(2e-4)}
+    del both["timings"]["another library"]
+    run["comparisons"].append(entry("polynomial", "main 64x64 float32, Hermite", "both", peer))
+    assert "3× faster (torchortho) at main 64x64 float32, Hermite" in Page(report.render(run)).text
+
+
+def test_a_sweep_without_a_copy_has_a_dash() -> None:
+    points = [entry("step", f"depth {d}", "both", {"fused": timing(d)}, sweep="depth", position=d) for d in (1, 2, 4)]
+    assert "object at 0x" not in Page(report.render({**results(), "comparisons": points})).text
+
+
 def test_tiny_sizes_keep_no_promise_and_break_none() -> None:
     text = Page(report.render({**results(), "quick": True})).text
     assert "A quick run" in text
@@ -302,6 +316,15 @@ def test_a_real_change_is_seen() -> None:
     assert any("slower" in line for line in comparison.lines(before, after))
 
 
+def test_tiny_sizes_are_not_called_slower() -> None:
+    slower = {**scaled(results(), {"fused": 9.0}), "quick": True}
+    assert not comparison.is_slower({**results(), "quick": True}, slower)
+    assert not comparison.is_slower(results(), slower)
+    del slower["comparisons"][1]["timings"]["fused"]
+    slower["comparisons"][1]["failures"]["fused"] = "off by 3"
+    assert comparison.is_slower(results(), slower)
+
+
 def test_a_slower_machine_is_no_change() -> None:
     everyone = dict.fromkeys(("copy", "eager", "compile", "fused", "F.linear", "another library"), 1.5)
     assert verdicts(results(), scaled(results(), everyone)) == {"no change beyond noise"}
@@ -403,6 +426,24 @@ def test_sweeps_are_found_and_what_is_predicted_follows_the_work() -> None:
     assert (found["step"].positions, found["step"].predicted) == ((1.0, 2.0, 4.0), 1.0)
     assert found["step"].exponent == pytest.approx(1)
     assert len(list(growth.lines({"comparisons": tangents}))) == 2
+
+
+def test_a_copy_is_predicted_by_its_bytes() -> None:
+    points = [
+        entry(
+            "conv",
+            f"{channels}",
+            "forward",
+            {"copy": timing(1e-6 * channels), "fused": timing(1e-6 * channels**2)},
+            bytes=100 * channels,
+            operations=10 * channels**2,
+            sweep="channels",
+            position=channels,
+        )
+        for channels in (4, 8, 16)
+    ]
+    predicted = {one.provider: one.predicted for one in growth.fits({"comparisons": points})}
+    assert predicted == pytest.approx({"copy": 1, "fused": 2})
 
 
 def test_series_of_one_kind_stay_apart() -> None:

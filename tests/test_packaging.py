@@ -259,7 +259,7 @@ def test_every_optional_dependency_is_pinned_for_development() -> None:
     extras = re.search(r"\[project\.optional-dependencies\]\n(.*?)\n\n", project, re.DOTALL)
     assert extras is not None
     wanted = set(re.findall(r'"([\w-]+)"', extras[1])) | {"torch"}
-    pinned = set(re.findall(r"^([\w-]+)==[\d.]+$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+    pinned = set(re.findall(r"^([\w-]+)==[\d.]+(?:;.*)?$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
     assert wanted <= pinned, f"not pinned in constraints.txt: {sorted(wanted - pinned)}"
 
 

@@ -82,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda: PyTorch sees no GPU", file=sys.stderr)
         return NOT_AVAILABLE
+    because = _not_kept_because(arguments)
+    if because is not None:
+        print(f"bench: {because}", file=sys.stderr)
+        return NOT_AVAILABLE
     names = [name for name in available if arguments.suite is None or name in arguments.suite]
     if arguments.device == "cuda" and not any(_is_on_gpu(name) for name in names):
         print(f"bench: --device cuda: nothing is measured there of {', '.join(names)}", file=sys.stderr)
@@ -116,6 +120,46 @@ def _missing_because() -> str | None:
     return None
 
 
+def _not_kept_because(arguments: argparse.Namespace) -> str | None:
+    """Why the results could not be kept, or None: asked before the minutes of measuring."""
+    from bench import table
+
+    if arguments.report is not None and importlib.util.find_spec("jinja2") is None:
+        return "--report needs jinja2, which the package does not install by itself: pip install jinja2"
+    files = {"--csv": arguments.csv or _history(arguments)}
+    if arguments.json not in (None, "-"):
+        files["--json"] = Path(arguments.json)
+    if arguments.report is not None:
+        files["--report"] = arguments.report / "index.html"
+    for option, path in files.items():
+        because = None if path is None else _not_writable_because(path)
+        if because is not None:
+            return f"{option}: {because}"
+    if files["--csv"] is not None:
+        try:
+            table.require_same_columns(files["--csv"])
+        except ValueError as error:
+            return f"--csv: {error}"
+    return None
+
+
+def _history(arguments: argparse.Namespace) -> Path | None:
+    """The table that a run joins unasked, or None."""
+    if arguments.quick or arguments.json is not None:
+        return None
+    return _REPOSITORY / "bench" / "results" / "measurements.csv"
+
+
+def _not_writable_because(path: Path) -> str | None:
+    """Why a file cannot be written, its folders made where there are none; or None."""
+    if path.is_dir():
+        return f"{path} is a folder, expected a file"
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if nearest != path and not nearest.is_dir():
+        return f"{nearest} is a file, expected a folder"
+    return None if os.access(nearest, os.W_OK) else f"no permission to write {nearest}"
+
+
 def _is_on_gpu(suite: str) -> bool:
     from bench import gpu
 
@@ -146,7 +190,13 @@ def _repetitions(arguments: argparse.Namespace, names: list[str]) -> Iterator[di
         for repetition in range(arguments.repeat):
             path = Path(folder) / f"{repetition}.json"
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            subprocess.run([*command, "--json", str(path)], env=environment, stdout=subprocess.DEVNULL, check=False)
+            finished = subprocess.run(
+                [*command, "--json", str(path)], env=environment, stdout=subprocess.DEVNULL, check=False
+            )
+            if not path.exists():
+                raise RuntimeError(
+                    f"repetition {repetition + 1} ended with status {finished.returncode} and no results"
+                )
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -155,23 +205,20 @@ def _keep(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
     from bench import record, table
 
     messages = sys.stderr if arguments.json == "-" else sys.stdout
-    history = None if arguments.quick or arguments.json is not None else _REPOSITORY / "bench" / "results"
+    history = _history(arguments)
     if arguments.json == "-":
         print(json.dumps(content, indent=1))
     elif arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        path = Path(arguments.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"written to {arguments.json}", file=messages)
     elif history is not None and arguments.suite is None:
-        print(f"written to {record.write(content, history)}", file=messages)
-    rows = arguments.csv or (None if history is None else history / "measurements.csv")
+        print(f"written to {record.write(content, history.parent)}", file=messages)
+    rows = arguments.csv or history
     if rows is not None:
-        try:
-            table.append(content, rows)
-        except ValueError as error:
-            # The measurements are made and written already.
-            print(f"bench: no rows appended: {error}", file=sys.stderr)
-        else:
-            print(f"rows appended to {rows}", file=messages)
+        table.append(content, rows)
+        print(f"rows appended to {rows}", file=messages)
     if arguments.report is not None:
         from bench import report
 
@@ -180,13 +227,16 @@ def _keep(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
 
 def _compare(before: Path, after: Path) -> int:
     """Print what became of each time from one file to the other."""
-    from bench import comparison
+    from bench import comparison, reading
 
-    try:
-        contents = [json.loads(path.read_text(encoding="utf-8")) for path in (before, after)]
-    except (OSError, ValueError) as error:
-        print(f"bench: --compare: {error}", file=sys.stderr)
-        return NOT_AVAILABLE
+    contents = []
+    for path in (before, after):
+        try:
+            contents.append(json.loads(path.read_text(encoding="utf-8")))
+            reading.read(contents[-1])
+        except (OSError, TypeError, ValueError) as error:
+            print(f"bench: --compare: {path}: {error}", file=sys.stderr)
+            return NOT_AVAILABLE
     for line in comparison.lines(*contents):
         print(line)
     return FAILED if comparison.is_slower(*contents) else MEASURED
@@ -221,7 +271,6 @@ def _progress() -> Iterator[Run]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
