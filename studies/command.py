@@ -43,6 +43,19 @@ def folder(arguments: argparse.Namespace) -> Path:
     return Path("studies-output", "quick") if arguments.quick else Path("studies-output")
 
 
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """What cannot be read or written, or is not what it should be, ends the command in one line, with status 2.
+
+    For the data and the store, before anything is trained; an error in a training keeps its traceback.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        print(f"python -m studies.{name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def run_missing(title: str, store: Store, configurations: Iterable[Row], run: Callable[[Row], Row]) -> None:
     """Run the configurations that the store does not have. Interrupted, it exits with status 130, and goes on later.
 

@@ -82,8 +82,8 @@ def load(name: str, pima: Path | None = None) -> Dataset:
             None fetches it from OpenML (``diabetes``, version 1) and keeps it in scikit-learn's own folder.
 
     Raises:
-        ValueError: for another name, and for a file with other columns.
-        FileNotFoundError: when there is no file ``pima``.
+        ValueError: for another name, and for a file with other columns, no samples, or what is not a number.
+        OSError: when the file ``pima`` cannot be read, or OpenML cannot be reached.
     """
     from sklearn import datasets
 
@@ -101,20 +101,33 @@ def pima_diabetes(path: Path | None) -> Dataset:
     if path is None:
         from sklearn.datasets import fetch_openml
 
-        data = fetch_openml("diabetes", version=1, as_frame=False, parser="liac-arff")
+        try:
+            data = fetch_openml("diabetes", version=1, as_frame=False, parser="liac-arff")
+        except OSError as error:
+            raise OSError(f"data: OpenML cannot be reached ({error}); name a CSV file with --data") from error
         x, y = np.asarray(data.data, np.float64), (data.target == "tested_positive").astype(np.int64)
     else:
-        with path.open() as file:
-            header = file.readline().strip().split(",")
-            values = np.loadtxt(file, delimiter=",", ndmin=2)
-        if tuple(header[:-1]) != PIMA_FEATURES:
-            raise ValueError(
-                f"data: expected the columns {', '.join(PIMA_FEATURES)} in {path}, got {', '.join(header)}"
-            )
-        x, y = values[:, :-1].copy(), values[:, -1].astype(np.int64)
+        x, y = _pima_file(path)
     columns = [PIMA_FEATURES.index(feature) for feature in PIMA_MISSING]
     x[:, columns] = np.where(x[:, columns] == 0, np.nan, x[:, columns])
     return Dataset("Pima", x, y)
+
+
+def _pima_file(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    try:
+        header, *lines = path.read_text().splitlines() or [""]
+        if tuple(header.split(",")[:-1]) != PIMA_FEATURES:
+            raise ValueError(f"expected the columns {', '.join(PIMA_FEATURES)} and the outcome, got {header[:200]!r}")
+        if not lines:
+            raise ValueError("expected a line for each sample, got none")
+        values = np.loadtxt(lines, delimiter=",", ndmin=2)
+        if values.shape[1] != len(PIMA_FEATURES) + 1:
+            raise ValueError(f"expected {len(PIMA_FEATURES) + 1} numbers a line, got {values.shape[1]}")
+        if set(np.unique(values[:, -1])) != {0, 1}:
+            raise ValueError(f"expected the outcomes 0 and 1, got {np.unique(values[:, -1])[:10].tolist()}")
+    except ValueError as error:
+        raise ValueError(f"data: {path}: {error}") from error
+    return values[:, :-1].copy(), values[:, -1].astype(np.int64)
 
 
 def test_indices(dataset: Dataset, seed: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

@@ -96,7 +96,8 @@ QUICK_CHOICES = [{"width": 8, "learning_rate": 3e-3, "steps": 20}]
 def choose(pima: data.Dataset, out: Path, quick: bool) -> Row:
     """The choice with the best mean accuracy of ReLU and ChainzRule over folds of the first split's training part."""
     keys = {"width": int, "learning_rate": float, "steps": int, "model": str, "fold": int}
-    store = Store(out, "pima_choice", keys, {"accuracy": float}, {"folds": FOLDS})
+    with command.refusing("pima"):
+        store = Store(out, "pima_choice", keys, {"accuracy": float}, {"folds": FOLDS})
     choices = QUICK_CHOICES if quick else CHOICES
     configurations = [
         {**choice, "model": model, "fold": fold}
@@ -320,18 +321,25 @@ def _report_tails(rows: Sequence[Row], ranked: Any, out: Path) -> None:
         ("network", *next(iter(means.values()))),
         [[name, *(f"{value:.3f}" for value in line.values())] for name, line in means.items()],
     )
-    by_fraction = []
+    by_fraction, of_means = [], []
     for fraction in sorted({row["fraction"] for row in rows}):
-        line = [f"{fraction:.0%}"]
+        line, line_of_means = [f"{fraction:.0%}"], [f"{fraction:.0%}"]
         for column in columns:
             signs = [_rank_correlation(rows, nets, column, fraction, split) for split in {row["split"] for row in rows}]
             line.append(f"{np.nanmean(signs):+.2f}")
+            pair = (
+                [float(np.mean(values_of(rows, name, method, fraction=fraction))) for method in nets]
+                for name in (column, "accuracy")
+            )
+            line_of_means.append(f"{statistics.rank_correlation(*pair):+.2f}")
         by_fraction.append(line)
-    command.print_table(
-        "Spearman's correlation with the accuracy over the networks, mean of the splits",
-        ("training data", *next(iter(means.values()))),
-        by_fraction,
-    )
+        of_means.append(line_of_means)
+    for what, lines in (("mean of the splits", by_fraction), ("of the means over the splits", of_means)):
+        command.print_table(
+            f"Spearman's correlation with the accuracy over the networks, {what}",
+            ("training data", *next(iter(means.values()))),
+            lines,
+        )
     over_splits = []
     for method in ranked:
         accuracies = values_of(rows, "accuracy", method, fraction=1.0)
@@ -429,10 +437,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
     arguments = command.parser("pima", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
-    pima = data.load("Pima", arguments.data)
+    with command.refusing("pima"):
+        pima = data.load("Pima", arguments.data)
     choice = choose(pima, out, arguments.quick)
     print(f"chosen within the training part of the first split: {choice}")
-    store = Store(out, "pima", KEYS, VALUES, {**choice, "seeds": SEEDS, "look_every": LOOK_EVERY})
+    with command.refusing("pima"):
+        store = Store(out, "pima", KEYS, VALUES, {**choice, "seeds": SEEDS, "look_every": LOOK_EVERY})
     wanted = configurations(arguments.quick)
     command.run_missing("Pima", store, wanted, lambda configuration: run(pima, configuration, choice))
     report(store.of(wanted), out)

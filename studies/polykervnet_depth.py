@@ -228,9 +228,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing; print and draw the runs that are there")
     arguments = parser.parse_args()
     out = command.folder(arguments)
-    images = data.load(arguments.data, None, 0)
+    with command.refusing("polykervnet_depth"):
+        images = data.load(arguments.data, None, 0)
     shared = Shared(images.name, **({"width": 2, "batch": 512, "first_epochs": 1} if arguments.quick else {}))
-    store = Store(out, "polykervnet_depth", KEYS, VALUES, vars(shared))
+    with command.refusing("polykervnet_depth"):
+        store = Store(out, "polykervnet_depth", KEYS, VALUES, vars(shared))
     wanted = configurations(arguments.quick)
     weights = relu_weights(images, shared)
     if not arguments.report:

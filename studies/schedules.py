@@ -253,7 +253,8 @@ def main() -> None:
     arguments = command.parser("schedules", (__doc__ or "").splitlines()[0]).parse_args()
     out = command.folder(arguments)
     steps = 20 if arguments.quick else STEPS
-    store = Store(out, "schedules", KEYS, VALUES, {"width": WIDTH, "steps": steps})
+    with command.refusing("schedules"):
+        store = Store(out, "schedules", KEYS, VALUES, {"width": WIDTH, "steps": steps})
     wanted = configurations(arguments.quick)
     command.run_missing("schedules", store, wanted, lambda configuration: run(configuration, steps))
     report(store.of(wanted), out)

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
+
+TIE = 2.5e-5
+"""Values as near as this to one another are the same. The stores keep five digits and sums are rounded: without it,
+networks that are right on equally many samples would be ranked by that rounding."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,26 @@ def compare(reference: Sequence[float], others: Mapping[str, Sequence[float]]) -
 
 
 def signed_rank(first: Sequence[float], second: Sequence[float]) -> float:
-    """The two-sided p of Wilcoxon's signed-rank test; equal pairs do not count, and where all are equal it is 1."""
+    """The two-sided p of Wilcoxon's signed-rank test, with ties by :func:`tied`.
+
+    Equal pairs do not count, and where all are equal it is 1.
+    """
     differences = np.subtract(first, second)
-    if not differences.any():
+    sizes = tied(np.abs(differences))
+    sizes[sizes <= TIE] = 0.0
+    if not sizes.any():
         return 1.0
-    return float(stats.wilcoxon(differences).pvalue)
+    return float(stats.wilcoxon(np.sign(differences) * sizes).pvalue)
+
+
+def tied(values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The values, ``(N,)``, where each that is within :data:`TIE` of the next smaller one is set to that one's."""
+    result = np.array(values, np.float64)
+    order = np.argsort(result)
+    ordered = result[order]
+    begins = np.concatenate([[True], np.diff(ordered) > TIE])[: len(ordered)]
+    result[order] = ordered[begins][np.cumsum(begins) - 1]
+    return result
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -110,12 +130,12 @@ class Ranking:
 
 
 def friedman(scores: Mapping[str, Sequence[float]]) -> Ranking:
-    """Rank methods by their scores, larger ones better; ties share a rank.
+    """Rank methods by their scores, larger ones better; ties, by :func:`tied`, share a rank.
 
     Args:
         scores: for each method one score for each block, such as data set and seed, in the same order.
     """
-    table = np.array(list(scores.values()))
+    table = np.apply_along_axis(tied, 0, np.array(list(scores.values())))
     ranks = stats.rankdata(-table, axis=0).mean(axis=1)
     if len(table) < 3:
         p = math.nan

@@ -119,9 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = command.folder(arguments)
     wanted = configurations(arguments.quick)
     needed = {"digits", *(row["what"].split(", ")[0] for row in wanted if row["what"] != STEP)}
-    datasets = {name: data.load(name, arguments.data) for name in needed}
-    settings = settings_of(arguments.quick)
-    store = Store(out, "sweep_times", KEYS, VALUES, shared(settings))
+    with command.refusing("sweep_times"):
+        datasets = {name: data.load(name, arguments.data) for name in needed}
+        settings = settings_of(arguments.quick)
+        store = Store(out, "sweep_times", KEYS, VALUES, shared(settings))
     command.run_missing("Sweep: times", store, wanted, lambda configuration: run(datasets, configuration, settings))
     report(store.of(wanted), out)
     print(f"\nResults and picture: {out}")

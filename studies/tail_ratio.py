@@ -121,10 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
     arguments = command.parser("tail_ratio", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
-    pima = data.load("Pima", arguments.data)
+    with command.refusing("tail_ratio"):
+        pima = data.load("Pima", arguments.data)
     settings = QUICK_SETTINGS if arguments.quick else SETTINGS
     shared = {"steps": settings.steps, "batch": settings.batch, "learning_rate": settings.learning_rate}
-    store = Store(out, "tail_ratio", KEYS, VALUES, shared)
+    with command.refusing("tail_ratio"):
+        store = Store(out, "tail_ratio", KEYS, VALUES, shared)
     wanted = configurations(arguments.quick)
     command.run_missing("Tail ratio", store, wanted, lambda configuration: run(pima, configuration, settings))
     report(store.of(wanted), out)

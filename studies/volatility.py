@@ -366,17 +366,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of MNIST's idx files (default: digits)")
     arguments = parser.parse_args()
     out = command.folder(arguments)
-    parts_of = splits(arguments.data)
+    with command.refusing("volatility"):
+        parts_of = splits(arguments.data)
     name = "digits" if arguments.data is None else "MNIST"
     steps = 30 if arguments.quick else Settings().steps
     shared = {"data": name, "steps": steps}
 
-    store = Store(out, "volatility", KEYS, VALUES, {**shared, "width": WIDTH, "window": WINDOW})
+    with command.refusing("volatility"):
+        store = Store(out, "volatility", KEYS, VALUES, {**shared, "width": WIDTH, "window": WINDOW})
     wanted = configurations(arguments.quick)
     command.run_missing("volatility", store, wanted, lambda configuration: run(configuration, parts_of, steps))
     report(store.of(wanted), out, name)
 
-    store = Store(out, "parameters", SIZED_KEYS, SIZED_VALUES, shared)
+    with command.refusing("volatility"):
+        store = Store(out, "parameters", SIZED_KEYS, SIZED_VALUES, shared)
     wanted = sized_configurations(arguments.quick)
     command.run_missing("parameters", store, wanted, lambda configuration: run_sized(configuration, parts_of, steps))
     report_sizes(store.of(wanted), out, name)
