@@ -41,6 +41,16 @@ class Promise:
             return None
         return self.measured >= self.limit if self.at_least else self.measured <= self.limit
 
+    @property
+    def measured_in_words(self) -> str:
+        """The quantity in three digits, or as many more as show on which side of the limit it lies."""
+        if self.measured is None:
+            return "not measured"
+        digits = 3
+        while float(f"{self.measured:.{digits}g}") == self.limit != self.measured:
+            digits += 1
+        return f"{self.measured:.{digits}g}"
+
 
 @dataclass(frozen=True)
 class Run:

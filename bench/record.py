@@ -134,7 +134,7 @@ def promises_table(promises: Sequence[Promise], whole: bool) -> Table:
     for promise in promises:
         limit = f"{'>=' if promise.at_least else '<='} {promise.limit:g} {promise.unit}".rstrip()
         if promise.measured is not None:
-            measured = f"{promise.measured:.3g} {promise.unit}".rstrip()
+            measured = f"{promise.measured_in_words} {promise.unit}".rstrip()
             rows.append((promise.what, limit, measured, "met" if promise.met else "MISSED"))
         elif whole:
             rows.append((promise.what, limit, "", "not measured"))

@@ -152,7 +152,7 @@ def _promise(promise: reading.Promise, quick: bool) -> dict[str, str]:
     return {
         "what": promise.what,
         "limit": f"{'at least' if promise.at_least else 'at most'} {promise.limit:g} {_unit(promise.unit)}",
-        "measured": "–" if verdict == "not measured" else f"{promise.measured:.3g} {_unit(promise.unit)}",
+        "measured": "–" if verdict == "not measured" else f"{promise.measured_in_words} {_unit(promise.unit)}",
         "verdict": verdict,
         "mark": {"met": "✓", "missed": "✗", "not measured": "–"}[verdict],
         "reason": promise.reason if verdict == "missed" else "",

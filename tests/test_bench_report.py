@@ -502,3 +502,13 @@ def test_counts_follow_the_arithmetic(counted: instructions.Counts) -> None:
         assert steps == pytest.approx([steps[0], 2 * steps[0], 4 * steps[0]], rel=0.05)
     # Eight lanes: a kernel that lost its vectors would take tens of instructions for each element of a cubic.
     assert counted["polynomial_dreg, degree 3, per channel"]["forward"] < 10
+
+
+def test_a_promise_that_is_just_missed_shows_it() -> None:
+    def shown(measured: float) -> str:
+        return reading.Promise("what", 1.05, False, "x", measured, "").measured_in_words
+
+    assert shown(1.0526) == "1.053"
+    assert shown(1.05000001) == "1.05000001"
+    assert shown(1.05) == "1.05"
+    assert shown(0.97312) == "0.973"
