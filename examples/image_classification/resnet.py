@@ -89,13 +89,15 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
         channels = width
+        stages = []
         for stage, count in enumerate(blocks):
             layers = []
             for position in range(count):
                 stride = 2 if stage > 0 and position == 0 else 1
                 layers.append(block(channels, width * 2**stage, stride))
                 channels = width * 2**stage * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+            stages.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():

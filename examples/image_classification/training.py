@@ -127,13 +127,13 @@ class Learner:
         self.optimizer.zero_grad()
         loss.backward()
         parameters = [value for value in self.model.parameters() if value.grad is not None]
-        norm = nn.utils.get_total_norm([value.grad for value in parameters])
+        norm = nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
         if not math.isfinite(norm.item()):
             raise Divergence("gradient's norm", norm.item(), position + 1)
         if self.settings.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
         if self.settings.optimizer.startswith("momo"):
-            self.optimizer.step(loss=loss)
+            self.optimizer.step(loss=loss)  # type: ignore[call-overload]  # MoMo's own argument
         else:
             self.optimizer.step()
         return norm.item()
@@ -272,7 +272,8 @@ class Run:
         self.history: list[Epoch] = []
 
     def _learner(self, model: nn.Module, steps: int) -> Learner:
-        return Learner(model.to(self.device, memory_format=torch.channels_last), self.settings, steps)
+        model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not annotated
+        return Learner(model, self.settings, steps)
 
     def train(self, checkpoint_every: int | None = None, advance: Callable[[str], None] = lambda text: None) -> None:
         """Train to the end.
