@@ -182,6 +182,7 @@ BOUNDS: tuple[Bound, ...] = (
         1.05,
         False,
         _worst_layer("forward", "fused", "F.conv2d", largest=True),
+        reason="the sums have left the second-level caches before the pass; building the coefficients and the call",
     ),
     Bound(
         "polynomial_conv2d forward + backward: faster than the unfolded, the worst layer",
