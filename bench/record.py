@@ -172,9 +172,13 @@ def _table(title: str, comparisons: Sequence[Comparison]) -> Table:
 
 
 def show(content: Mapping[str, Any], whole: bool) -> None:
-    """Print a run: the table of each op, then the promises; of a run of some suites only those it has measured."""
+    """Print a run: the table of each op, then the promises; of a run of some suites only those it has measured.
+
+    Tiny sizes keep no promise and break none.
+    """
     run = reading.read(content)
-    for table in (*tables(run.comparisons), promises_table(run.promises, whole)):
+    promises = () if run.quick else run.promises
+    for table in (*tables(run.comparisons), promises_table(promises, whole)):
         if table.rows:
             print_table(table.title, table.columns, table.rows)
             for note in table.notes:

@@ -251,3 +251,11 @@ def test_comparing_what_is_no_result_file(capsys: pytest.CaptureFixture[str], tm
     assert main(["bench", "--compare", str(file), str(other)]) == 2
     assert "bench: --compare: " in (said := capsys.readouterr().err)
     assert "other.json" in said
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_tiny_sizes_break_no_promise(quick: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    content = record.as_json({}, quick)
+    content["bounds"][0] |= {"measured": 0.1, "met": False}
+    record.show(content, whole=False)
+    assert ("MISSED" in capsys.readouterr().out) is not quick
