@@ -19,6 +19,7 @@ from bench import (
     measure,
     peers,
     providers,
+    record,
     suites,
     workloads,
 )
