@@ -18,6 +18,11 @@ OVERHEAD_LABEL = "1x64"
 """What they are called with."""
 
 
+def keeps(value: float, limit: float, at_least: bool) -> bool:
+    """Whether a value keeps a promise."""
+    return value >= limit if at_least else value <= limit
+
+
 @dataclass(frozen=True)
 class Bound:
     """A promise.
@@ -37,10 +42,6 @@ class Bound:
     measured: Callable[[Results], float | None]
     unit: str = "x"
     reason: str = ""
-
-    def met_by(self, value: float) -> bool:
-        """Whether a value keeps the promise."""
-        return value >= self.limit if self.at_least else value <= self.limit
 
 
 def _at_main_size(results: Results, op: str, stage: str, variant: str = "") -> Comparison | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from bench.bounds import keeps
 from bench.measure import Comparison, Timing
 from bench.providers import COPIES
 
@@ -39,7 +40,7 @@ class Promise:
         """Whether the promise was kept; None when nothing was measured."""
         if self.measured is None:
             return None
-        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+        return keeps(self.measured, self.limit, self.at_least)
 
     @property
     def measured_in_words(self) -> str:

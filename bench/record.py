@@ -16,7 +16,7 @@ import torch
 
 import chainzrule_kernels as ck
 from bench import measure, reading
-from bench.bounds import BOUNDS, OVERHEAD_CALLS, OVERHEAD_LABEL, Results
+from bench.bounds import BOUNDS, OVERHEAD_CALLS, OVERHEAD_LABEL, Results, keeps
 from bench.measure import Comparison
 from bench.providers import COPIES
 from bench.reading import Promise
@@ -74,7 +74,7 @@ def bounds(results: Results) -> list[dict[str, Any]]:
             "sense": "at least" if bound.at_least else "at most",
             "unit": bound.unit,
             "measured": value,
-            "met": None if value is None else bound.met_by(value),
+            "met": None if value is None else keeps(value, bound.limit, bound.at_least),
             "reason": bound.reason,
         }
         for bound, value in ((bound, bound.measured(results)) for bound in BOUNDS)
