@@ -53,7 +53,7 @@ lint: $(DEPENDABLE)
 # Python and torch keep memory until the process ends. Tests that start compilers or other processes test nothing here, nor do
 # those of Triton, and those of what lies beside the package would not find it.
 NOT_SANITIZED   := packaging demo cli compile triton_compiled triton_interpreter triton_launch cuda_compiled cuda_convolution \
-    bench bench_report studies studies_training image_examples
+    distributed bench bench_report studies studies_training image_examples
 SANITIZED_TESTS := $(NOT_SANITIZED:%=--ignore=tests/test_%.py) -k 'not compile and not export and not process'
 UNDER_SANITIZERS = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib \
     LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
