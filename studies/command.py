@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from studies.store import Row, Store
+from studies.store import Columns, Row, Store
 
 
-def parser(name: str, description: str, *, reads_pima: bool = False) -> argparse.ArgumentParser:
-    """The options that every study has; ``--data`` too where it reads the Pima data."""
+def parser(name: str, documentation: str | None, *, reads_pima: bool = False) -> argparse.ArgumentParser:
+    """The options that every study has, under its documentation's first line; ``--data`` if it reads the Pima data."""
+    description = (documentation or "").partition("\n")[0]
     result = argparse.ArgumentParser(prog=f"python -m studies.{name}", description=description)
+    result.set_defaults(study=name, report=False)
     result.add_argument(
         "--quick", action="store_true", help="a few short runs, to see that everything works: the figures mean nothing"
     )
@@ -43,8 +46,33 @@ def folder(arguments: argparse.Namespace) -> Path:
     return Path("studies-output", "quick") if arguments.quick else Path("studies-output")
 
 
+def rows(
+    arguments: argparse.Namespace,
+    name: str,
+    columns: tuple[Columns, Columns],
+    settings: Mapping[str, Any],
+    configurations: Sequence[Row],
+    run: Callable[[Row], Row],
+) -> list[Row]:
+    """The rows of the configurations; those that are not in the store yet are run first.
+
+    Args:
+        arguments: of the command. Where they ask for the report alone, nothing is run.
+        name: of the store.
+        columns: its keys and its values.
+        settings: what all runs share.
+        configurations: all of them.
+        run: from a configuration to the values of its run.
+    """
+    with refusing(arguments):
+        store = Store(folder(arguments), name, *columns, settings)
+    if not arguments.report:
+        run_missing(name, store, configurations, run)
+    return store.of(configurations)
+
+
 @contextmanager
-def refusing(name: str) -> Iterator[None]:
+def refusing(arguments: argparse.Namespace) -> Iterator[None]:
     """What cannot be read or written, or is not what it should be, ends the command in one line, with status 2.
 
     For the data and the store, before anything is trained; an error in a training keeps its traceback.
@@ -52,7 +80,7 @@ def refusing(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        print(f"python -m studies.{name}: error: {error}", file=sys.stderr)
+        print(f"python -m studies.{arguments.study}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

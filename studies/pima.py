@@ -7,6 +7,7 @@ first split, alike for all networks. Everything else is fixed beforehand.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from sklearn.svm import SVC
 from studies import command, data, measures, pictures, statistics
 from studies.networks import CHAINZRULE
 from studies.penalties import DREG, NONE, REGULARISERS, learner
-from studies.store import Row, Store
+from studies.store import Row
 from studies.training import Clock, Settings, train
 
 PAPER = (0.8571, 0.0201)
@@ -93,23 +94,21 @@ CHOICES = [
 QUICK_CHOICES = [{"width": 8, "learning_rate": 3e-3, "steps": 20}]
 
 
-def choose(pima: data.Dataset, out: Path, quick: bool) -> Row:
+def choose(pima: data.Dataset, arguments: argparse.Namespace) -> Row:
     """The choice with the best mean accuracy of ReLU and ChainzRule over folds of the first split's training part."""
     keys = {"width": int, "learning_rate": float, "steps": int, "model": str, "fold": int}
-    with command.refusing("pima"):
-        store = Store(out, "pima_choice", keys, {"accuracy": float}, {"folds": FOLDS})
-    choices = QUICK_CHOICES if quick else CHOICES
+    choices = QUICK_CHOICES if arguments.quick else CHOICES
     configurations = [
         {**choice, "model": model, "fold": fold}
         for choice in choices
         for model in ("ReLU", CHAINZRULE)
         for fold in range(FOLDS)
     ]
-    rows, _ = data.test_indices(pima, 0)
-    folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(rows, pima.y[rows]))
+    training, _ = data.test_indices(pima, 0)
+    folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(training, pima.y[training]))
 
     def run(configuration: Row) -> Row:
-        kept, left = (rows[part] for part in folds[configuration["fold"]])
+        kept, left = (training[part] for part in folds[configuration["fold"]])
         prepare = data.preprocessing().fit(pima.x[kept])
         parts = data.as_parts(
             prepare.transform(pima.x[kept]), pima.y[kept], prepare.transform(pima.x[left]), pima.y[left], pima.classes
@@ -117,8 +116,9 @@ def choose(pima: data.Dataset, out: Path, quick: bool) -> Row:
         net = network(parts, configuration["model"], NONE, configuration, configuration["fold"])
         return {"accuracy": measures.accuracy(net, parts.test_x, parts.test_y)}
 
-    command.run_missing("Pima: choice", store, configurations, run)
-    means = [np.mean([row["accuracy"] for row in store.rows if _agrees(row, choice)]) for choice in choices]
+    columns = keys, {"accuracy": float}
+    rows = command.rows(arguments, "pima_choice", columns, {"folds": FOLDS}, configurations, run)
+    means = [np.mean([row["accuracy"] for row in rows if _agrees(row, choice)]) for choice in choices]
     return choices[int(np.argmax(means))]
 
 
@@ -435,17 +435,14 @@ def _draw_accuracy(out: Path, ranked: Any, fractions: Sequence[float], spread: A
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
-    arguments = command.parser("pima", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
+    arguments = command.parser("pima", __doc__, reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
-    with command.refusing("pima"):
+    with command.refusing(arguments):
         pima = data.load("Pima", arguments.data)
-    choice = choose(pima, out, arguments.quick)
+    choice = choose(pima, arguments)
     print(f"chosen within the training part of the first split: {choice}")
-    with command.refusing("pima"):
-        store = Store(out, "pima", KEYS, VALUES, {**choice, "seeds": SEEDS, "look_every": LOOK_EVERY})
-    wanted = configurations(arguments.quick)
-    command.run_missing("Pima", store, wanted, lambda configuration: run(pima, configuration, choice))
-    report(store.of(wanted), out)
+    runs, shared = configurations(arguments.quick), {**choice, "seeds": SEEDS, "look_every": LOOK_EVERY}
+    report(command.rows(arguments, "pima", (KEYS, VALUES), shared, runs, lambda one: run(pima, one, choice)), out)
     print(f"\nResults and pictures: {out}")
 
 

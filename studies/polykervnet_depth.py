@@ -23,7 +23,7 @@ from examples.image_classification import data, training
 from examples.image_classification.resnet import DEPTHS
 from examples.image_classification.training import Divergence, Run, Settings
 from studies import command, pictures
-from studies.store import Row, Store
+from studies.store import Row
 from studies.training import Clock
 
 KERNELS = {"relu": "ReLU", "pkn": "PKN", "rpkn": "R-PKN", "react": "ReactPKN"}
@@ -223,21 +223,24 @@ def report(rows: Sequence[Row], out: Path, shared: Shared) -> None:
 
 def main() -> None:
     """Run the study."""
-    parser = command.parser("polykervnet_depth", (__doc__ or "").splitlines()[0])
+    parser = command.parser("polykervnet_depth", __doc__)
     parser.add_argument("--data", type=Path, metavar="PATH", help="cifar-10-python.tar.gz (default: digits of 8x8)")
     parser.add_argument("--report", action="store_true", help="train nothing; print and draw the runs that are there")
     arguments = parser.parse_args()
     out = command.folder(arguments)
-    with command.refusing("polykervnet_depth"):
+    with command.refusing(arguments):
         images = data.load(arguments.data, None, 0)
     shared = Shared(images.name, **({"width": 2, "batch": 512, "first_epochs": 1} if arguments.quick else {}))
-    with command.refusing("polykervnet_depth"):
-        store = Store(out, "polykervnet_depth", KEYS, VALUES, vars(shared))
-    wanted = configurations(arguments.quick)
-    weights = relu_weights(images, shared)
-    if not arguments.report:
-        command.run_missing("depth", store, wanted, lambda configuration: run(configuration, images, shared, weights))
-    report(store.of(wanted), out, shared)
+    runs, weights = configurations(arguments.quick), relu_weights(images, shared)
+    rows = command.rows(
+        arguments,
+        "polykervnet_depth",
+        (KEYS, VALUES),
+        vars(shared),
+        runs,
+        lambda one: run(one, images, shared, weights),
+    )
+    report(rows, out, shared)
     print(f"\nResults and pictures: {out}")
 
 

@@ -23,7 +23,7 @@ import chainzrule_kernels as ck
 from studies import command, data, measures, pictures, statistics
 from studies.networks import CHAINZRULE, network
 from studies.penalties import STRENGTH, Learner
-from studies.store import Row, Store
+from studies.store import Row
 from studies.training import Clock, Settings, train
 
 NONE, CONSTANT = "no penalty", "constant"
@@ -250,14 +250,11 @@ def _gain(rows: Sequence[Row], column: str, name: str, training_noise: float, st
 
 def main() -> None:
     """Run the study."""
-    arguments = command.parser("schedules", (__doc__ or "").splitlines()[0]).parse_args()
+    arguments = command.parser("schedules", __doc__).parse_args()
     out = command.folder(arguments)
     steps = 20 if arguments.quick else STEPS
-    with command.refusing("schedules"):
-        store = Store(out, "schedules", KEYS, VALUES, {"width": WIDTH, "steps": steps})
-    wanted = configurations(arguments.quick)
-    command.run_missing("schedules", store, wanted, lambda configuration: run(configuration, steps))
-    report(store.of(wanted), out)
+    runs, shared = configurations(arguments.quick), {"width": WIDTH, "steps": steps}
+    report(command.rows(arguments, "schedules", (KEYS, VALUES), shared, runs, lambda one: run(one, steps)), out)
     print(f"\nResults and pictures: {out}")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from studies import command, data, measures, pictures, statistics
 from studies.networks import CHAINZRULE
 from studies.penalties import DREG, NONE, REGULARISERS, STRENGTH, learner
-from studies.store import Row, Store
+from studies.store import Row
 from studies.training import Settings, train
 
 ACTIVATIONS = ("ReLU", "GELU", "tanh", CHAINZRULE)
@@ -300,15 +300,16 @@ def shared(settings: Settings) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
-    arguments = command.parser("sweep", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
+    arguments = command.parser("sweep", __doc__, reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
     wanted = configurations(arguments.quick)
-    with command.refusing("sweep"):
+    with command.refusing(arguments):
         datasets = {name: data.load(name, arguments.data) for name in dict.fromkeys(row["dataset"] for row in wanted)}
-        settings = settings_of(arguments.quick)
-        store = Store(out, "sweep", KEYS, VALUES, shared(settings))
-    command.run_missing("Sweep", store, wanted, lambda configuration: run(datasets, configuration, settings))
-    report(store.of(wanted), out)
+    settings = settings_of(arguments.quick)
+    rows = command.rows(
+        arguments, "sweep", (KEYS, VALUES), shared(settings), wanted, lambda one: run(datasets, one, settings)
+    )
+    report(rows, out)
     print(f"\nResults and pictures: {out}")
 
 

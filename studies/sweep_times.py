@@ -14,7 +14,7 @@ from pathlib import Path
 from studies import command, data, pictures
 from studies.networks import CHAINZRULE
 from studies.penalties import DREG, DREG_PLAIN, NONE, learner
-from studies.store import Row, Store
+from studies.store import Row
 from studies.sweep import ACTIVATIONS, VERSIONS, WIDTH, settings_of, shared
 from studies.training import Settings, train
 
@@ -115,16 +115,17 @@ def report(rows: Sequence[Row], out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
-    arguments = command.parser("sweep_times", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
+    arguments = command.parser("sweep_times", __doc__, reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
     wanted = configurations(arguments.quick)
     needed = {"digits", *(row["what"].split(", ")[0] for row in wanted if row["what"] != STEP)}
-    with command.refusing("sweep_times"):
+    with command.refusing(arguments):
         datasets = {name: data.load(name, arguments.data) for name in needed}
-        settings = settings_of(arguments.quick)
-        store = Store(out, "sweep_times", KEYS, VALUES, shared(settings))
-    command.run_missing("Sweep: times", store, wanted, lambda configuration: run(datasets, configuration, settings))
-    report(store.of(wanted), out)
+    settings = settings_of(arguments.quick)
+    rows = command.rows(
+        arguments, "sweep_times", (KEYS, VALUES), shared(settings), wanted, lambda one: run(datasets, one, settings)
+    )
+    report(rows, out)
     print(f"\nResults and picture: {out}")
 
 

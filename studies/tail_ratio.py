@@ -17,7 +17,7 @@ from studies import command, data, measures, pictures
 from studies.networks import CHAINZRULE
 from studies.penalties import DREG, NONE, STRENGTH, learner
 from studies.pima import TAILS
-from studies.store import Row, Store
+from studies.store import Row
 from studies.training import Settings, train
 
 WIDTHS = (16, 64, 256)
@@ -119,17 +119,16 @@ def report(rows: Sequence[Row], out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
-    arguments = command.parser("tail_ratio", (__doc__ or "").splitlines()[0], reads_pima=True).parse_args(argv)
+    arguments = command.parser("tail_ratio", __doc__, reads_pima=True).parse_args(argv)
     out = command.folder(arguments)
-    with command.refusing("tail_ratio"):
+    with command.refusing(arguments):
         pima = data.load("Pima", arguments.data)
     settings = QUICK_SETTINGS if arguments.quick else SETTINGS
     shared = {"steps": settings.steps, "batch": settings.batch, "learning_rate": settings.learning_rate}
-    with command.refusing("tail_ratio"):
-        store = Store(out, "tail_ratio", KEYS, VALUES, shared)
-    wanted = configurations(arguments.quick)
-    command.run_missing("Tail ratio", store, wanted, lambda configuration: run(pima, configuration, settings))
-    report(store.of(wanted), out)
+    runs = configurations(arguments.quick)
+    report(
+        command.rows(arguments, "tail_ratio", (KEYS, VALUES), shared, runs, lambda one: run(pima, one, settings)), out
+    )
     print(f"\nResults and picture: {out}")
 
 

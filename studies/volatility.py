@@ -20,7 +20,7 @@ import chainzrule_kernels as ck
 from studies import command, data, measures, pictures, statistics
 from studies.networks import CHAINZRULE
 from studies.penalties import DREG, NONE, learner
-from studies.store import Row, Store
+from studies.store import Row
 from studies.training import Clock, Settings, train
 
 METHODS = {
@@ -362,27 +362,25 @@ def _range(ratios: Sequence[float]) -> str:
 
 def main() -> None:
     """Run the study."""
-    parser = command.parser("volatility", (__doc__ or "").splitlines()[0])
+    parser = command.parser("volatility", __doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of MNIST's idx files (default: digits)")
     arguments = parser.parse_args()
     out = command.folder(arguments)
-    with command.refusing("volatility"):
+    with command.refusing(arguments):
         parts_of = splits(arguments.data)
     name = "digits" if arguments.data is None else "MNIST"
     steps = 30 if arguments.quick else Settings().steps
     shared = {"data": name, "steps": steps}
 
-    with command.refusing("volatility"):
-        store = Store(out, "volatility", KEYS, VALUES, {**shared, "width": WIDTH, "window": WINDOW})
-    wanted = configurations(arguments.quick)
-    command.run_missing("volatility", store, wanted, lambda configuration: run(configuration, parts_of, steps))
-    report(store.of(wanted), out, name)
+    runs, watched = configurations(arguments.quick), {**shared, "width": WIDTH, "window": WINDOW}
+    rows = command.rows(arguments, "volatility", (KEYS, VALUES), watched, runs, lambda one: run(one, parts_of, steps))
+    report(rows, out, name)
 
-    with command.refusing("volatility"):
-        store = Store(out, "parameters", SIZED_KEYS, SIZED_VALUES, shared)
-    wanted = sized_configurations(arguments.quick)
-    command.run_missing("parameters", store, wanted, lambda configuration: run_sized(configuration, parts_of, steps))
-    report_sizes(store.of(wanted), out, name)
+    runs = sized_configurations(arguments.quick)
+    rows = command.rows(
+        arguments, "parameters", (SIZED_KEYS, SIZED_VALUES), shared, runs, lambda one: run_sized(one, parts_of, steps)
+    )
+    report_sizes(rows, out, name)
     print(f"\nResults and pictures: {out}")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,17 @@ REPRESENTATIVE = tuple(case for case in CASES if case.representative)
 FULLEST = tuple(
     {case.op: case for case in sorted(REPRESENTATIVE, key=lambda c: (len(c.tensors), len(c.outputs)))}.values()
 )
+# The activations by kind, as PyTorch has them.
+TORCH_ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "mish": F.mish,
+}
 
 
 def each(cases: Sequence[Case]) -> Callable[..., Any]:

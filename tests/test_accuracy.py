@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from shared import DTYPES, REPRESENTATIVE, differentiate, each, each_dtype, gradients_for, is_linear
+from shared import (
+    DTYPES,
+    REPRESENTATIVE,
+    TORCH_ACTIVATIONS,
+    differentiate,
+    each,
+    each_dtype,
+    gradients_for,
+    is_linear,
+)
 
 import chainzrule_kernels as ck
 from chainzrule_kernels.functions import Activation
@@ -225,17 +234,6 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- the definitions against PyTorch's own activations ---------------------------------------------------------------
-
-TORCH_ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "mish": F.mish,
-}
 
 
 @pytest.mark.parametrize("kind", ck.ACTIVATION_KINDS)

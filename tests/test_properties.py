@@ -13,6 +13,7 @@ from shared import (
     CASES,
     DTYPES,
     FULLEST,
+    TORCH_ACTIVATIONS,
     assert_bitwise,
     assert_same,
     differentiate,
@@ -168,18 +169,6 @@ def test_a_special_element_reaches_no_other_gradient(case: Case, device: str) ->
     for row, special in zip(rows.tolist(), SPECIAL, strict=True):
         if math.isnan(special):
             assert gradient_of_z[row, 0].isnan() or case.constants.get("kind") == "relu" or "degree 1," in case.form
-
-
-TORCH_ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "mish": F.mish,
-}
 
 
 @pytest.mark.parametrize("special", SPECIAL, ids=str)

@@ -1,9 +1,9 @@
 """The scalar functions in Triton: value, slope and curvature of the polynomial and of each fixed activation.
 
-The twin of ``csrc/math``, with the same formulas: they avoid the differences of nearly equal numbers (``1 - tanh²``,
-``s (1 - s)``) of the textbook ones. Everything here computes in the dtype of its argument, float32 or float64; callers
-convert half precision before (the interpreter would otherwise compute with the bits of bfloat16). What a caller does
-not use of a result, the compiler removes.
+The twin of ``csrc/math``, with the same formulas: they avoid the differences of nearly equal numbers (``1 - tanh²`` and
+``s (1 - s)`` far out) of the textbook ones. Everything here computes in the dtype of its argument, float32 or float64;
+callers convert half precision before (the interpreter would otherwise compute with the bits of bfloat16). What a caller
+does not use of a result, the compiler removes.
 """
 
 # Triton reads the source of these functions and evaluates their annotations: no `from __future__ import annotations`
@@ -81,10 +81,11 @@ def logistic(z):
     """``1 / (1 + exp(-z))`` with its first two derivatives, from ``t = exp(-|z|)``, which never overflows."""
     t = exponential(-tl.abs(z))
     r = 1.0 / (1.0 + t)
-    slope = t * r * r
-    twist = (t - 1.0) * r  # 1 - 2 s for z >= 0
+    smaller = t * r  # of s and 1 - s, so that the difference below loses nothing
+    slope = smaller - smaller * smaller
+    twist = 2.0 * smaller - 1.0  # 1 - 2 s for z >= 0
     negative = z < 0.0
-    return tl.where(negative, t * r, r), slope, slope * tl.where(negative, -twist, twist)
+    return tl.where(negative, smaller, r), slope, slope * tl.where(negative, -twist, twist)
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def tangent_hyperbolic(z, decay):
     r = 1.0 / (1.0 + decay)
     value = hyperbolic_tangent(z, decay)
     # Near 0 the difference loses nothing, and far out the product does not.
-    slope = tl.where(tl.abs(z) < 0.5, 1.0 - value * value, 4.0 * decay * r * r)
+    slope = tl.where(tl.abs(z) < 0.625, 1.0 - value * value, 4.0 * decay * r * r)
     return value, slope, -2.0 * value * slope
 
 
@@ -146,18 +147,20 @@ def activation(z, KIND: tl.constexpr):
         return positive_part + logarithm_of_one_plus(exponential(-tl.abs(z))), s, s_1
     else:
         tl.static_assert(KIND == "mish", "there is no activation of this name")
-        # z w with w = tanh(softplus(z)) = n / (n + 2), n = e (e + 2), e = exp(z). Beyond 30 w is 1 to the last bit.
-        saturated = z > 30.0
-        e = exponential(tl.where(saturated, 30.0 + tl.zeros_like(z), z))
+        # z w with w = tanh(softplus(z)) = n / (n + 2), n = e (e + 2), e = exp(z), and with r = 1 / (n + 2)
+        # w' = 4 e r (1 + e) r and w'' = 4 e r (1 - 2 e w) r. Beyond 29 w is 1 to the last bit, and its derivatives are
+        # taken for 0; up to it no product overflows.
+        saturated = z > 29.0
+        capped = tl.where(saturated, 29.0 + tl.zeros_like(z), z)
+        x = tl.where(capped < -1e3, -1e3, capped)
+        e = exponential(capped)
         n = e * (e + 2.0)
         r = 1.0 / (n + 2.0)
-        w = n * r
-        one_minus_w_sq = tl.where(saturated, tl.zeros_like(z), 4.0 * ((n + 1.0) * r) * r)
-        s, s_1, s_2 = logistic(z)
-        w_1 = one_minus_w_sq * s
-        w_2 = one_minus_w_sq * (s_1 - 2.0 * w * s * s)
-        x = bounded(z)
-        return z * w, w + x * w_1, 2.0 * w_1 + x * w_2
+        w = tl.where(z < 0.0, n * r, 1.0 - 2.0 * r)
+        factor = tl.where(saturated, tl.zeros_like(z), 4.0 * (e * r))
+        one_plus_e = 1.0 + e
+        w_1 = factor * (one_plus_e * r)
+        return z * w, w + x * w_1, factor * (r * (2.0 * one_plus_e + x * (1.0 - 2.0 * e * w)))
 
 
 @triton.jit

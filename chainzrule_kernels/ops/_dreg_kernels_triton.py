@@ -213,21 +213,10 @@ def put_gradient(
     OF_SLOPE: tl.constexpr = grad_norm_pointer is not None or grad_derivative_pointer is not None
     _, slope, curvature = function(z, coeffs, KIND, DEGREE)
     h, at_slope, g_s = arriving_at_slope(
-        slope,
-        offset,
-        load,
-        beyond,
-        own,
-        row,
-        rows,
-        row_sq,
-        grad_norm_pointer,
-        grad_norm_stride,
-        grad_derivative_pointer,
-        COLUMNS,
-        SHIFTED,
-        COMPUTE,
-    )
+        slope, offset, load, beyond, own, row, rows, row_sq,
+        grad_norm_pointer, grad_norm_stride, grad_derivative_pointer,
+        COLUMNS, SHIFTED, COMPUTE,
+    )  # fmt: skip
     if grad_z_pointer is not None:
         grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
         tl.store(grad_z_pointer + offset, grad_z.to(grad_z_pointer.dtype.element_ty), mask=store)
@@ -292,33 +281,10 @@ def dreg_backward_kernel(
             if grad_y_pointer is not None:
                 at_value = tl.load(grad_y_pointer + offset, mask=load, other=0.0).to(COMPUTE)
             sums, _ = put_gradient(
-                z,
-                at_value,
-                coeffs,
-                sums,
-                offset,
-                load,
-                own,
-                store,
-                beyond,
-                row,
-                rows,
-                1.0,
-                grad_norm_pointer,
-                grad_norm_stride,
-                grad_derivative_pointer,
-                grad_z_pointer,
-                OF_VALUE,
-                SUMS,
-                KIND,
-                DEGREE,
-                False,
-                ROWS,
-                COLUMNS,
-                VECTOR,
-                SHIFTED,
-                COMPUTE,
-            )
+                z, at_value, coeffs, sums, offset, load, own, store, beyond, row, rows, 1.0,
+                grad_norm_pointer, grad_norm_stride, grad_derivative_pointer, grad_z_pointer,
+                OF_VALUE, SUMS, KIND, DEGREE, False, ROWS, COLUMNS, VECTOR, SHIFTED, COMPUTE,
+            )  # fmt: skip
     if SHIFTED:
         if split == splits - 1:
             row = (last_block - 1) * ROWS + tl.arange(0, ROWS)
@@ -329,33 +295,10 @@ def dreg_backward_kernel(
                 at_value = tl.load(grad_y_pointer + offset, mask=own, other=0.0).to(COMPUTE)
             of_tail = no_sums(DEGREE, ROWS, 1, COMPUTE) if SUMS else ()
             of_tail, _ = put_gradient(
-                z,
-                at_value,
-                coeffs,
-                of_tail,
-                offset,
-                own,
-                own,
-                own,
-                0,
-                row,
-                rows,
-                1.0,
-                grad_norm_pointer,
-                grad_norm_stride,
-                grad_derivative_pointer,
-                grad_z_pointer,
-                OF_VALUE,
-                SUMS,
-                KIND,
-                DEGREE,
-                False,
-                ROWS,
-                VECTOR,
-                VECTOR,
-                False,
-                COMPUTE,
-            )
+                z, at_value, coeffs, of_tail, offset, own, own, own, 0, row, rows, 1.0,
+                grad_norm_pointer, grad_norm_stride, grad_derivative_pointer, grad_z_pointer,
+                OF_VALUE, SUMS, KIND, DEGREE, False, ROWS, VECTOR, VECTOR, False, COMPUTE,
+            )  # fmt: skip
             if SUMS:
                 with_tail = ()
                 for k in tl.static_range(DEGREE + 1):
@@ -432,33 +375,10 @@ def dreg_channel_backward_kernel(
             if grad_y_pointer is not None:
                 at_value = loaded_grad_y[u].to(COMPUTE)
             sums, of_row_sq = put_gradient(
-                z,
-                at_value,
-                coeffs,
-                sums,
-                offset,
-                load,
-                own,
-                store,
-                beyond,
-                row,
-                rows,
-                row_sq,
-                grad_norm_pointer,
-                grad_norm_stride,
-                grad_derivative_pointer,
-                grad_z_pointer,
-                OF_VALUE,
-                SUMS,
-                KIND,
-                DEGREE,
-                PER_CHANNEL,
-                ROWS,
-                COLUMNS,
-                VECTOR,
-                False,
-                COMPUTE,
-            )
+                z, at_value, coeffs, sums, offset, load, own, store, beyond, row, rows, row_sq,
+                grad_norm_pointer, grad_norm_stride, grad_derivative_pointer, grad_z_pointer,
+                OF_VALUE, SUMS, KIND, DEGREE, PER_CHANNEL, ROWS, COLUMNS, VECTOR, False, COMPUTE,
+            )  # fmt: skip
             if row_sq_sums_pointer is not None:
                 row_sq_sums += of_row_sq
     if SUMS:

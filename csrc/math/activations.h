@@ -1,8 +1,8 @@
 // The fixed activations: value, slope and curvature of each, one struct each.
 //
 // Real is float, double or a vector of them, so `condition ? a : b` selects element by element. The formulas avoid the
-// differences of nearly equal numbers (1 - tanh^2, s (1 - s)) of the textbook ones. The Python twin of this file, with third
-// derivatives, is chainzrule_kernels/functions/activations.py.
+// differences of nearly equal numbers (1 - tanh^2 and s (1 - s) far out) of the textbook ones. The Python twin of this file,
+// with third derivatives, is chainzrule_kernels/functions/activations.py.
 #pragma once
 
 #include "math/elementary.h"
@@ -48,9 +48,10 @@ struct Gelu {
 template <class Real>
 CHAINZRULE_INLINE Jet<Real> logistic(Real z, Real t, Real r) {
   using E = Element<Real>;
-  const Real slope = t * r * r;
-  const Real twist = (t - E(1)) * r;  // 1 - 2 s for z >= 0
-  return {z < E(0) ? t * r : r, slope, slope * (z < E(0) ? -twist : twist)};
+  const Real smaller = t * r;  // of s and 1 - s, so that the difference below loses nothing
+  const Real slope = smaller - smaller * smaller;
+  const Real twist = E(2) * smaller - E(1);  // 1 - 2 s for z >= 0
+  return {z < E(0) ? smaller : r, slope, slope * (z < E(0) ? -twist : twist)};
 }
 
 template <class Real>
@@ -66,7 +67,7 @@ CHAINZRULE_INLINE Jet<Real> tangent_hyperbolic(Real z, Real decay, Real r) {
   using E = Element<Real>;
   const Real value = hyperbolic_tangent(z, decay, r);
   // Near 0 the difference loses nothing, and far out the product does not.
-  const Real slope = absolute(z) < E(0.5) ? E(1) - value * value : E(4) * decay * r * r;
+  const Real slope = absolute(z) < E(0.625) ? E(1) - value * value : E(4) * decay * r * r;
   return {value, slope, E(-2) * value * slope};
 }
 
@@ -144,25 +145,25 @@ struct Softplus {
 struct Mish {
   static constexpr const char* kName = "mish";
 
-  // z w with w = tanh(softplus(z)) = n / (n + 2), n = e (e + 2), e = exp(z). Beyond `saturation` w is 1 to the last bit; up to
-  // it e^3 is finite, and one division serves both n + 2 and the 1 + e of the logistic function.
+  // z w with w = tanh(softplus(z)) = n / (n + 2), n = e (e + 2), e = exp(z), and with r = 1 / (n + 2)
+  //   w' = 4 e r (1 + e) r and w'' = 4 e r (1 - 2 e w) r.
+  // Beyond `saturation` w is 1 to the last bit, and its derivatives are taken for 0; up to it no product overflows.
   template <class Real>
   static CHAINZRULE_INLINE Jet<Real> jet(Real z) {
     using E = Element<Real>;
     const E saturation = E(29);
     const Real ceiling = Real{} + saturation;
-    const Real e = exponential(z > saturation ? ceiling : z);
+    const Real capped = z > saturation ? ceiling : z;
+    const Real floor = Real{} - E(1e3);  // as in `bounded`
+    const Real x = capped < E(-1e3) ? floor : capped;
+    const Real e = exponential(capped);
     const Real n = e * (e + E(2));
-    const Real both = E(1) / ((n + E(2)) * (E(1) + e));
-    const Real r = both * (E(1) + e);
-    const Real complement = both * (n + E(2));  // 1 - s
-    const Real s = e * complement;
+    const Real r = E(1) / (n + E(2));
     const Real w = z < E(0) ? n * r : E(1) - E(2) * r;
-    const Real one_minus_w_sq = z > saturation ? Real{} : E(4) * ((n + E(1)) * r) * r;
-    const Real w_1 = one_minus_w_sq * s;
-    const Real w_2 = one_minus_w_sq * (s * complement - E(2) * w * s * s);
-    const Real x = bounded(z);
-    return {z * w, w + x * w_1, E(2) * w_1 + x * w_2};
+    const Real factor = z > saturation ? Real{} : E(4) * (e * r);
+    const Real one_plus_e = E(1) + e;
+    const Real w_1 = factor * (one_plus_e * r);
+    return {z * w, w + x * w_1, factor * (r * (E(2) * one_plus_e + x * (E(1) - E(2) * e * w)))};
   }
 };
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from chainzrule_kernels.ops import _convolution_operator
@@ -56,15 +58,5 @@ def polynomial_conv2d(
     return y
 
 
-def check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coeffs: Tensor,
-    stride: Numbers = 1,
-    padding: Padding = 0,
-    dilation: Numbers = 1,
-    groups: int = 1,
-) -> None:
-    """Raise for arguments that :func:`polynomial_conv2d` cannot take."""
-    _convolution_operator.check(2, x, weight, bias, coeffs, stride, padding, dilation, groups)
+check = functools.partial(_convolution_operator.check, 2)
+"""Raises for arguments that :func:`polynomial_conv2d` cannot take."""
