@@ -125,8 +125,9 @@ CHAINZRULE_INLINE Jet<Vector<E>> jet_of_slope(const Function& function, Vector<E
 
 // y, and the sum over the chunk of f'^2 row_sq where kNorm.
 template <class Function, class E, bool kNorm>
-double forward_chunk(ForwardChunk<E> chunk) {
+double forward_chunk(const ForwardChunk<E>& given) {
   using V = Vector<E>;
+  const ForwardChunk<E> chunk = given;  // which a store through one of its pointers cannot change
   const Function function(chunk.coefficients, chunk.columns);
   V squares{};
   for_each_block<E>(chunk.n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
@@ -152,8 +153,9 @@ double forward_chunk(ForwardChunk<E> chunk) {
 
 // grad_z = g_y f' + h f'' with h = 2 g_s row_sq f' + g_d; adds to the sums of the parameters.
 template <class Function, class E, bool kValueGradient, bool kSlopeGradient>
-void backward_chunk(BackwardChunk<E> chunk) {
+void backward_chunk(const BackwardChunk<E>& given) {
   using V = Vector<E>;
+  const BackwardChunk<E> chunk = given;
   constexpr int kDegree = Function::kDegree;
   const Function function(chunk.coefficients, chunk.columns);
   constexpr bool kShared = kDegree > 0 && !Function::kPerChannel;
@@ -213,9 +215,9 @@ enum Gradients { kOfValue, kOfSlope, kOfBoth };
 
 template <class E>
 struct ChunkFunctions {
-  double (*value)(ForwardChunk<E>);
-  double (*value_and_norm)(ForwardChunk<E>);
-  std::array<void (*)(BackwardChunk<E>), 3> backward;  // by Gradients
+  double (*value)(const ForwardChunk<E>&);
+  double (*value_and_norm)(const ForwardChunk<E>&);
+  std::array<void (*)(const BackwardChunk<E>&), 3> backward;  // by Gradients
 };
 
 template <class Function, class E>
