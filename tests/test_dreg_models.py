@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from functools import partial
 
@@ -369,8 +370,8 @@ def test_a_forward_that_cannot_be_traced_is_named_and_its_parts_are_found():
             self.last = nn.Linear(3, 3)
 
         def forward(self, x):
-            for index in range(int(x.shape[0]) % 3):
-                x = self.parts[index % 2](x)
+            for index in {torch.float32: (0, 1), torch.float64: (1, 0)}[x.dtype]:
+                x = self.parts[index](x)
             return F.gelu(self.last(x))
 
     model = Opaque()
@@ -379,6 +380,90 @@ def test_a_forward_that_cannot_be_traced_is_named_and_its_parts_are_found():
     ((name, reason),) = [(row.name, row.reason) for row in found.skipped]
     assert name == "the model"
     assert "cannot be traced" in reason
+
+
+def test_what_a_forward_calls_before_its_trace_breaks_is_found():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.activation, self.last = nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = F.silu(self.first(x))
+            x = self.activation(self.last(x))
+            return x * {torch.float32: 1.0, torch.float64: 2.0}[x.dtype]
+
+    torch.manual_seed(0)
+    model = Broken()
+    reg = ck.DREG(model)
+    assert [row.name for row in reg.layers] == ["silu behind first", "activation"]
+    assert [row.name for row in reg.skipped] == ["the model"]
+    model(torch.randn(2, 3))
+    assert [len(calls) for calls in reg.jac_sq().values()] == [1, 1]
+
+
+def doubled(forward):
+    """A decorator such as other libraries put on a forward, which looks into the keyword arguments."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return 2 * forward(self, *args, scale=kwargs.pop("scale", None) or 1.0, **kwargs)
+
+    return wrapper
+
+
+class Shapes(nn.Module):
+    """Unpacks sizes, loops over positions, and makes an activation for one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        x = self.first(x).reshape(*x.shape[:-1], 2, -1).reshape(batch, length, -1)
+        return torch.stack([nn.ReLU()(self.second(x[:, index])) for index in range(length)], dim=1)
+
+
+class Decorated(Shapes):
+    @doubled
+    def forward(self, x, *others, scale, mask=None, **options):
+        return torch.tanh(self.first(x)) * scale
+
+
+class Until(Shapes):
+    def forward(self, x):
+        x = F.gelu(self.first(x))
+        while not x.norm() < 1.0:
+            x = 0.5 * x
+        return x
+
+
+class Optional(Shapes):
+    def forward(self, ids=None, embedded=None, tired=False):
+        if (ids is None) == (embedded is None):
+            raise ValueError("expected one of ids and embedded")
+        return F.silu(self.first(ids))
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "calls"),
+    [
+        (Shapes, "relu behind second", 3),
+        (Decorated, "tanh behind first", 1),
+        (Until, "gelu behind first", 1),
+        (Optional, "silu behind first", 1),
+    ],
+)
+def test_forwards_as_other_libraries_write_them(build, name, calls):
+    torch.manual_seed(0)
+    model = build()
+    x = torch.randn(2, 3, 4)
+    plain = model(x)
+    reg = ck.DREG(model)
+    assert [row.name for row in reg.layers] == [name]
+    torch.testing.assert_close(model(x), plain)
+    assert len(reg.jac_sq()[name]) == calls
 
 
 def test_an_argument_that_defaults_to_none_and_is_always_given_does_not_hide_the_layers():

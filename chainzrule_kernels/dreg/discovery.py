@@ -6,8 +6,8 @@ reaches an activation, that is a layer. So it does not matter whether the two st
 in a forward written by hand, or in different modules, and whether the activation is a module, a function, or a
 function kept in an attribute.
 
-A module whose forward cannot be traced is opaque: its children are followed on their own, and its own calls are
-unknown. :attr:`Discovery.skipped` names it.
+A module whose forward cannot be traced to its end is opaque: what the trace showed until then is followed, its other
+children on their own, and its other calls are unknown. :attr:`Discovery.skipped` names it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import itertools
 import operator
 import textwrap
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -229,24 +230,97 @@ class _Site:
     is_seen_again: bool = False
 
 
+# Whoever asks more often may be a loop that the same answer never ends.
+_MOST_GUESSES = 1000
+
+
+class _GuessingProxy(fx.Proxy):
+    """A value that passes for what a forward needs to know of it: a number is 2, and so is the number of parts."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __index__(self) -> int:
+        return 2
+
+    def __int__(self) -> int:
+        return 2
+
+
 class _LocalTracer(fx.Tracer):
     """Traces one module's own forward; its children are leaves.
 
-    A condition on a value is taken to be ``guess``: the trace then shows one of the ways through the forward. That is
-    enough to find layers, since the pairing is checked again whenever the model runs.
+    A condition on a value is taken to be ``guess``, and a number that the forward must know to be 2: the trace then
+    shows one of the ways through the forward. That is enough to find layers, since the pairing is checked again
+    whenever the model runs.
+
+    Args:
+        given: the names of the arguments that the forward is called with; the others have their defaults.
+        guess: None to take nothing for granted.
+        unwrapped: whether to trace what the decorators of the forward wrap.
     """
 
     proxy_buffer_attributes = True
+    trace_asserts = True
 
-    def __init__(self, guess: bool | None) -> None:
+    def __init__(self, given: frozenset[str], guess: bool | None, unwrapped: bool) -> None:
         super().__init__()
+        self.given = given
         self.guess = guess
+        self.unwrapped = unwrapped
+        self.guesses = 0
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[[], Any], list[Any]]:
+        """The call of the forward, and no arguments to it: a placeholder for each parameter stands in the call."""
+        _, *parameters = inspect.signature(root_fn).parameters.values()
+        function = inspect.unwrap(root_fn) if self.unwrapped else root_fn
+        args: list[Any] = [self.root]
+        kwargs: dict[str, Any] = {}
+        for position, parameter in enumerate(parameters, 1):
+            value = self.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.name not in self.given:
+                continue
+            # By its name behind one that is left out.
+            if len(args) == position and parameter.kind is not parameter.KEYWORD_ONLY:
+                args.append(value)
+            else:
+                kwargs[parameter.name] = value
+
+        def call() -> Any:
+            return function(*args, **kwargs)
+
+        return call, []
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A leaf, or what a module computes that the forward has made for this call, as in ``nn.ReLU()(x)``."""
+        is_part = m in (self.submodule_paths or {})
+        return super().call_module(m, forward, args, kwargs) if is_part else forward(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def to_bool(self, obj: Any) -> bool:
-        return super().to_bool(obj) if self.guess is None else self.guess
+        if self.guess is None:
+            return super().to_bool(obj)
+        self.guesses += 1
+        if self.guesses > _MOST_GUESSES:
+            raise RuntimeError("a loop in it ends by what it computes")
+        return self.guess
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return super().iter(obj) if self.guess is None else iter((obj[0], obj[1]))
+
+    def create_arg(self, a: Any) -> Any:
+        """What a graph can hold; of an object that it cannot, such as a cache, the name of its class."""
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return type(a).__name__
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if self.guess is None else _GuessingProxy(node, self)
 
 
 @dataclass(frozen=True)
@@ -256,40 +330,63 @@ class _Trace:
     Attributes:
         graph: what it calls.
         is_whole: whether the forward can go no other way, and keeps nothing.
+        broken_by: why the trace ends before the forward does; empty when it does not.
     """
 
     graph: fx.Graph
     is_whole: bool
+    broken_by: str = ""
 
 
 def _trace(module: nn.Module) -> _Trace | str:
-    """The trace of the module's own forward, or why there is none."""
+    """The trace of the module's own forward, or why there is none.
+
+    The first attempt that reaches the end counts, otherwise the one that shows most.
+    """
     if "forward" in module.__dict__:
         return "a forward was put on the instance"
     signature = _signature(module)
     if signature is None:
         return "its forward has no signature"
-    parameters = signature.parameters.values()
-    defaults: dict[str, Any] = {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.default is None or isinstance(parameter.default, bool | int | float | str)
-    }
-    # An argument that defaults to None may be one that every caller gives, and the forward then needs.
-    given = {name: default for name, default in defaults.items() if default is not None}
-    choices = [defaults, given] if given != defaults else [defaults]
-    reason = ""
-    for concrete, guess in itertools.product(choices, (None, False, True)):
+    longest: _Trace | None = None
+    is_wrapped = hasattr(type(module).forward, "__wrapped__")
+    unwrapping = (False, True) if is_wrapped else (False,)
+    for given, unwrapped, guess in itertools.product(_arguments_given(signature), unwrapping, (None, False, True)):
+        tracer = _LocalTracer(given, guess, unwrapped)
         try:
             with unchanged(module), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 before = attributes_of(module)
-                graph = _LocalTracer(guess).trace(module, concrete_args=dict(concrete))
-                is_whole = guess is None and not defaults and attributes_of(module) == before
-                return _Trace(graph, is_whole)
+                graph = tracer.trace(module)
+                is_whole = guess is None and not is_wrapped and len(given) == len(signature.parameters) - 1
+                return _Trace(graph, is_whole and attributes_of(module) == before)
         except Exception as error:  # a forward may do anything with what is not a tensor
-            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return reason
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            # Of a forward that is no function of Python there is not even a beginning.
+            graph = getattr(tracer, "graph", fx.Graph())
+            if longest is None or len(graph.nodes) > len(longest.graph.nodes):
+                longest = _Trace(graph, False, reason)
+    assert longest is not None
+    return longest
+
+
+def _arguments_given(signature: inspect.Signature) -> list[frozenset[str]]:
+    """Which arguments a forward may be called with: those without a default; one more; all that may be tensors."""
+    _, *parameters = signature.parameters.values()
+    required = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    # Several positional arguments of any number are one here, unless others come before.
+    required = [name for name in required if len(required) == 1 or signature.parameters[name].kind is not _ANY_NUMBER]
+    # An argument that defaults to None may be one that every caller gives, and the forward then needs.
+    optional = [parameter.name for parameter in parameters if parameter.default is None]
+    choices = [required, [*required, *optional]] if required else [optional[:1], optional]
+    return list(dict.fromkeys(map(frozenset, choices)))
+
+
+_ANY_NUMBER = inspect.Parameter.VAR_POSITIONAL
 
 
 def _signature(module: nn.Module) -> inspect.Signature | None:
@@ -364,11 +461,13 @@ class _Analysis:
         if module in self.running:  # a module that calls itself
             return other
         trace = self._trace(module)
-        if isinstance(trace, str):
+        reason = trace if isinstance(trace, str) else trace.broken_by
+        if reason:
             for argument in arguments:
                 argument.memory.is_followed = False
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                self.opaque[name] = trace
+                self.opaque[name] = reason
+        if isinstance(trace, str):
             return other
         self.running.add(module)
         try:
@@ -507,7 +606,7 @@ class _Analysis:
             skipped[name] = SkippedActivation(
                 name or "the model",
                 module,
-                f"the functions that its forward calls are unknown, since it cannot be traced: {_shortened(reason)}",
+                f"not all that its forward calls is known, since it cannot be traced to its end: {_shortened(reason)}",
             )
         taken = {(layer.owner, layer.function) for layer in layers.values() if layer.linear is None}
         return Discovery(
@@ -567,8 +666,10 @@ def _by_position(child: nn.Module, call: fx.Node) -> list[Any]:
     if bound is None:
         return [*call.args, *call.kwargs.values()]
     bound.apply_defaults()
-    _, *arguments = bound.arguments.values()
-    return arguments
+    _, *arguments = bound.arguments.items()
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    # One placeholder stands for any number of positional arguments.
+    return [next(iter(value), None) if kinds[name] is _ANY_NUMBER else value for name, value in arguments]
 
 
 def _value_of(argument: Any, values: dict[fx.Node, _Value]) -> _Value:
