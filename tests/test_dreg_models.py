@@ -296,12 +296,22 @@ def test_activation_functions(name):
     torch.testing.assert_close(norms, expected)
 
 
+class Sine(nn.Module):
+    """An activation that is none of ours, as in a sinusoidal representation network."""
+
+    def forward(self, x):
+        return torch.sin(30.0 * x)
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
         (nn.LeakyReLU(), "not one of the activations"),
         (nn.Softplus(beta=2.0), "not one of the activations"),
         (Calling(F.elu), "not one of the activations"),
+        (Calling(partial(F.glu, dim=0)), "not one of the activations"),
+        (Sine(), "not one of the activations"),
+        (Calling(lambda z: z * torch.sigmoid(z)), "multiplied by its input"),
         (nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Tanh()), "in front of it is an activation"),
         (nn.Sequential(nn.Conv2d(2, 2, 1), nn.MaxPool2d(2), nn.ReLU()), "1 in front of it, a MaxPool2d"),
         (nn.Sequential(nn.Conv2d(2, 2, 3, padding_mode="circular"), nn.ReLU()), "pads by 'circular'"),
@@ -431,6 +441,14 @@ class Decorated(Shapes):
         return torch.tanh(self.first(x)) * scale
 
 
+class Recurrent(Shapes):
+    def forward(self, x):
+        state = torch.zeros(x.size(0), 4, dtype=x.dtype)
+        for index in range(x.size(1)):
+            state = torch.tanh(self.second(F.pad(state + x[:, index], (0, 2))))
+        return state
+
+
 class Until(Shapes):
     def forward(self, x):
         x = F.gelu(self.first(x))
@@ -451,6 +469,7 @@ class Optional(Shapes):
     [
         (Shapes, "relu behind second", 3),
         (Decorated, "tanh behind first", 1),
+        (Recurrent, "tanh behind second", 3),
         (Until, "gelu behind first", 1),
         (Optional, "silu behind first", 1),
     ],
@@ -501,6 +520,25 @@ def test_a_condition_on_values_does_not_hide_the_layers():
 
     (layer,) = discover(Branching()).layers
     assert layer.linear_name == "linear"
+
+
+def test_both_ways_through_a_condition_are_looked_at():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            z = self.linear(x)
+            if x.sum() > 0:
+                return torch.relu(z)
+            return torch.tanh(z)
+
+    model = Forked()
+    reg = ck.DREG(model)
+    for x, name in ((torch.ones(2, 3), "relu behind linear"), (-torch.ones(2, 3), "tanh behind linear")):
+        model(x)
+        assert [row for row, calls in reg.jac_sq().items() if calls] == [name]
 
 
 # ---- choosing ------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from chainzrule_kernels.dreg.recognition import (
     CONVOLUTIONS,
     ELEMENTWISE_FUNCTIONS,
     OTHER_NORM_FUNCTIONS,
+    PRODUCTS,
     TRANSPARENT_FUNCTIONS,
     ActivationCall,
     activation_of,
@@ -202,6 +203,7 @@ class _Value:
         lost: why the rows of the linear map do not give the Jacobian's norm; empty when they do.
         spatial: as :attr:`Layer.spatial`.
         memory: where it lies.
+        site: the activation whose output this is, or None.
     """
 
     front: str
@@ -210,6 +212,7 @@ class _Value:
     lost: str = ""
     spatial: int | None = None
     memory: _Memory = field(default_factory=_Memory)
+    site: _Site | None = None
 
     def through(self, item: Between, lost: str = "") -> _Value:
         # What a transparent module returns may be what it was given.
@@ -232,6 +235,25 @@ class _Site:
 
 # Whoever asks more often may be a loop that the same answer never ends.
 _MOST_GUESSES = 1000
+
+
+# Functions that take sizes and dtypes, of which torch.fx does not know that these may be values.
+_MAKING_FUNCTIONS = (
+    torch.zeros,
+    torch.ones,
+    torch.empty,
+    torch.full,
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.arange,
+    torch.linspace,
+    torch.eye,
+    torch.tensor,
+    torch.finfo,
+    torch.iinfo,
+)
 
 
 class _GuessingProxy(fx.Proxy):
@@ -264,7 +286,8 @@ class _LocalTracer(fx.Tracer):
     trace_asserts = True
 
     def __init__(self, given: frozenset[str], guess: bool | None, unwrapped: bool) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=_MAKING_FUNCTIONS)
+        self._autowrap_search.append(torch)
         self.given = given
         self.guess = guess
         self.unwrapped = unwrapped
@@ -331,11 +354,13 @@ class _Trace:
         graph: what it calls.
         is_whole: whether the forward can go no other way, and keeps nothing.
         broken_by: why the trace ends before the forward does; empty when it does not.
+        other_way: what it calls when its conditions on values are met, where that is something else.
     """
 
     graph: fx.Graph
     is_whole: bool
     broken_by: str = ""
+    other_way: fx.Graph | None = None
 
 
 def _trace(module: nn.Module) -> _Trace | str:
@@ -352,22 +377,36 @@ def _trace(module: nn.Module) -> _Trace | str:
     is_wrapped = hasattr(type(module).forward, "__wrapped__")
     unwrapping = (False, True) if is_wrapped else (False,)
     for given, unwrapped, guess in itertools.product(_arguments_given(signature), unwrapping, (None, False, True)):
-        tracer = _LocalTracer(given, guess, unwrapped)
-        try:
-            with unchanged(module), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                before = attributes_of(module)
-                graph = tracer.trace(module)
-                is_whole = guess is None and not is_wrapped and len(given) == len(signature.parameters) - 1
-                return _Trace(graph, is_whole and attributes_of(module) == before)
-        except Exception as error:  # a forward may do anything with what is not a tensor
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            # Of a forward that is no function of Python there is not even a beginning.
-            graph = getattr(tracer, "graph", fx.Graph())
-            if longest is None or len(graph.nodes) > len(longest.graph.nodes):
-                longest = _Trace(graph, False, reason)
+        found = _attempt(module, _LocalTracer(given, guess, unwrapped))
+        if found.broken_by:
+            longest = found if longest is None or len(found.graph.nodes) > len(longest.graph.nodes) else longest
+        elif guess is None:
+            is_whole = found.is_whole and not is_wrapped and len(given) == len(signature.parameters) - 1
+            return dataclasses.replace(found, is_whole=is_whole)
+        else:
+            other = found if guess else _attempt(module, _LocalTracer(given, True, unwrapped))
+            shows_more = not _calls(other.graph) <= _calls(found.graph)
+            return _Trace(found.graph, False, other_way=other.graph if shows_more else None)
     assert longest is not None
     return longest
+
+
+def _attempt(module: nn.Module, tracer: _LocalTracer) -> _Trace:
+    """A trace, as far as it got; ``is_whole`` says whether the module's attributes are what they were."""
+    try:
+        with unchanged(module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            before = attributes_of(module)
+            graph = tracer.trace(module)
+            return _Trace(graph, attributes_of(module) == before)
+    except Exception as error:  # a forward may do anything with what is not a tensor
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        # Of a forward that is no function of Python there is not even a beginning.
+        return _Trace(getattr(tracer, "graph", fx.Graph()), False, reason)
+
+
+def _calls(graph: fx.Graph) -> set[tuple[str, Any]]:
+    return {(node.op, node.target) for node in graph.nodes if node.op.startswith("call")}
 
 
 def _arguments_given(signature: inspect.Signature) -> list[frozenset[str]]:
@@ -471,7 +510,9 @@ class _Analysis:
             return other
         self.running.add(module)
         try:
-            result = self._follow(name, module, trace, arguments) or other
+            result = self._follow(name, module, trace.graph, trace.is_whole, arguments) or other
+            if trace.other_way is not None:
+                self._follow(name, module, trace.other_way, False, arguments)
             # What a subclass makes of the product with its weight is no longer that.
             return other if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else result
         finally:
@@ -486,11 +527,13 @@ class _Analysis:
             self.traces[module] = _trace(module)
         return self.traces[module]
 
-    def _follow(self, name: str, module: nn.Module, trace: _Trace, arguments: list[_Value]) -> _Value | None:
+    def _follow(
+        self, name: str, module: nn.Module, graph: fx.Graph, is_whole: bool, arguments: list[_Value]
+    ) -> _Value | None:
         values: dict[fx.Node, _Value] = {}
         given = iter(arguments)
         result: _Value | None = None
-        for node in trace.graph.nodes:
+        for node in graph.nodes:
             for used in node.all_input_nodes:
                 for site in values[used].memory.overwritten_by:
                     site.is_seen_again = True
@@ -511,7 +554,7 @@ class _Analysis:
                 result = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
             else:
                 values[node] = self._function(name, module, node, values)
-            if node in values and not trace.is_whole:
+            if node in values and not is_whole:
                 values[node].memory.is_followed = False
         return result
 
@@ -522,6 +565,8 @@ class _Analysis:
         value = values.get(first) if isinstance(first, fx.Node) else None
         if value is None:
             return _Value(f"the result of {label} in front of it")
+        if function in PRODUCTS:
+            self._product([values[used] for used in node.all_input_nodes])
         # It may be a view.
         spatials = (values[used].spatial for used in node.all_input_nodes if function in ELEMENTWISE_FUNCTIONS)
         spatial = next((found for found in spatials if found is not None), None)
@@ -554,11 +599,19 @@ class _Analysis:
             item, f"{item.name} in front of it, a {norm}, does not fold into the weight of {value.linear}"
         )
 
+    def _product(self, factors: list[_Value]) -> None:
+        """``z f(z)`` is an activation of its own: ``z sigmoid(z)`` is silu."""
+        for factor in factors:
+            site = factor.site
+            if site is not None and site.activation is None and site.value in factors:
+                reason = "its result is multiplied by its input, which makes another activation of it"
+                site.call = ActivationCall(site.call.name, None, reason, site.call.in_place)
+
     def _activation(self, site: _Site) -> _Value:
         self.sites.append(site)
         if site.call.in_place:
             site.value.memory.overwritten_by.append(site)
-        return _Value(f"{self._label(site)} in front of it is an activation", spatial=site.value.spatial)
+        return _Value(f"{self._label(site)} in front of it is an activation", spatial=site.value.spatial, site=site)
 
     def _polynomial(self, name: str, module: nn.Module, value: _Value) -> _Value:
         self._close(module)
