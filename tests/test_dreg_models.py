@@ -303,6 +303,45 @@ class Sine(nn.Module):
         return torch.sin(30.0 * x)
 
 
+def chunked(z):
+    value, gate = z.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+PARTS = {
+    "chunk": (lambda: nn.Linear(4, 6), chunked, lambda z: F.gelu(z[..., 3:])),
+    "split": (lambda: nn.Linear(4, 6), lambda z: F.silu(z.split([2, 4], -1)[1]), lambda z: F.silu(z[..., 2:])),
+    "slice": (lambda: nn.Linear(4, 6), lambda z: z[..., :1] + torch.tanh(z[..., 1:]), lambda z: torch.tanh(z[..., 1:])),
+    "of positions": (lambda: nn.Linear(4, 6), lambda z: torch.tanh(z[:, 1:]), torch.tanh),
+    "channels": (
+        lambda: nn.Conv1d(4, 6, 3, padding=1),
+        lambda z: F.silu(torch.chunk(z, 3, dim=1)[1]),
+        lambda z: F.silu(z[..., 2:4, :]),
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", PARTS)
+def test_an_activation_of_a_part_of_a_linear_map_counts_the_rows_of_that_part(name, compiled):
+    build, function, of_part = PARTS[name]
+    torch.manual_seed(0)
+    model = Calling(function).double()
+    model.linear = build().double()
+    x = torch.randn(2, 4, 4, dtype=torch.double)
+    samples = x if name == "channels" else (x[:, 1:] if name == "of positions" else x).flatten(0, 1)
+    expected = torch.stack([jacobian_sq(lambda s: of_part(model.linear(s)), sample) for sample in samples]).mean()
+    plain = model(x)
+    reg = ck.DREG(model, STRENGTH)
+    assert [(row.penalises, row.note) for row in reg.layers] == [("layer", "a part of the weight of linear")]
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    torch.testing.assert_close(run(x), plain)
+    penalty = reg.penalty()
+    torch.testing.assert_close(penalty, STRENGTH * expected)
+    for found, wanted in zip(gradients(model, penalty), gradients(model, STRENGTH * expected), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
@@ -449,6 +488,14 @@ class Recurrent(Shapes):
         return state
 
 
+class Writing(Shapes):
+    def forward(self, x):
+        parts = [torch.zeros_like(x), x.clone()]
+        for index in range(2):
+            parts[index][:, 0] = 1.0
+        return torch.sigmoid(self.first(parts[1]))
+
+
 class Until(Shapes):
     def forward(self, x):
         x = F.gelu(self.first(x))
@@ -470,6 +517,7 @@ class Optional(Shapes):
         (Shapes, "relu behind second", 3),
         (Decorated, "tanh behind first", 1),
         (Recurrent, "tanh behind second", 3),
+        (Writing, "sigmoid behind first", 1),
         (Until, "gelu behind first", 1),
         (Optional, "silu behind first", 1),
     ],

@@ -30,12 +30,14 @@ from chainzrule_kernels.dreg.recognition import (
     CONVOLUTIONS,
     ELEMENTWISE_FUNCTIONS,
     OTHER_NORM_FUNCTIONS,
+    PART_FUNCTIONS,
     PRODUCTS,
     TRANSPARENT_FUNCTIONS,
     ActivationCall,
     activation_of,
     attributes_of,
     describe_call,
+    dimension_of_parts,
     is_batch_norm,
     is_closed,
     is_linear_map,
@@ -57,19 +59,20 @@ class Between:
     Attributes:
         name: of the module; of the module in whose forward it is called, for a function.
         module: the module.
-        role: ``"transparent"`` (dropout, identity, a cast), ``"batch norm"`` or ``"other norm"``.
+        role: ``"transparent"`` (dropout, identity, a cast), ``"part"`` (a chunk, a slice), ``"batch norm"`` or
+            ``"other norm"``.
         is_function: whether it is a function that the module's forward calls.
     """
 
     name: str
     module: nn.Module
-    role: Literal["transparent", "batch norm", "other norm"]
+    role: Literal["transparent", "part", "batch norm", "other norm"]
     is_function: bool = False
 
     @property
     def is_norm(self) -> bool:
         """Whether it is a norm."""
-        return self.role != "transparent"
+        return self.role in ("batch norm", "other norm")
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Layer:
     @property
     def units(self) -> int | None:
         """The number of rows of the linear map, or of the polynomial's channels; None when neither is known."""
+        if any(item.role == "part" for item in self.between):
+            return None
         if self.linear is None or not self.folds:
             return getattr(self.activation, "num_channels", None)
         for name in ("out_features", "out_channels", "nf"):
@@ -204,6 +209,7 @@ class _Value:
         spatial: as :attr:`Layer.spatial`.
         memory: where it lies.
         site: the activation whose output this is, or None.
+        is_several: whether it is a tuple of parts.
     """
 
     front: str
@@ -213,6 +219,7 @@ class _Value:
     spatial: int | None = None
     memory: _Memory = field(default_factory=_Memory)
     site: _Site | None = None
+    is_several: bool = False
 
     def through(self, item: Between, lost: str = "") -> _Value:
         # What a transparent module returns may be what it was given.
@@ -267,6 +274,9 @@ class _GuessingProxy(fx.Proxy):
 
     def __int__(self) -> int:
         return 2
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
 class _LocalTracer(fx.Tracer):
@@ -436,7 +446,9 @@ def _signature(module: nn.Module) -> inspect.Signature | None:
         return None
 
 
-_IN_PLACE_OPERATORS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow})
+_IN_PLACE_OPERATORS = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem}
+)
 
 
 # ---- following ------------------------------------------------------------------------------------------------------
@@ -576,6 +588,11 @@ class _Analysis:
             return self._activation(_Site(name, module, None, call, value))
         if function in TRANSPARENT_FUNCTIONS:
             return value.through(Between(name, module, "transparent", is_function=True))
+        if value.is_several and function is operator.getitem and isinstance(node.args[1], int):
+            return dataclasses.replace(value, is_several=False)
+        if function in PART_FUNCTIONS and _keeps_rows(value, dimension_of_parts(function, node.args, node.kwargs)):
+            part = value.through(Between(name, module, "part", is_function=True))
+            return dataclasses.replace(part, is_several=function is not operator.getitem)
         if function is torch.nn.functional.batch_norm:
             return self._batch_norm(value, Between(name, module, "batch norm", is_function=True))
         if function in OTHER_NORM_FUNCTIONS:
@@ -678,9 +695,10 @@ class _Analysis:
             note = value.front
         elif value.lost:
             note = value.lost
-        elif any(item.role == "batch norm" for item in value.between):
-            norm = next(item.name for item in value.between if item.role == "batch norm")
-            note = f"the weight of {value.linear}, scaled by {norm}"
+        else:
+            names = {item.role: item.name for item in value.between}
+            note = f"a part of {note}" if "part" in names else note
+            note = f"{note}, scaled by {names['batch norm']}" if "batch norm" in names else note
         return Layer(
             name=name,
             linear=None if value.linear is None else self.modules[value.linear],
@@ -729,6 +747,13 @@ def _value_of(argument: Any, values: dict[fx.Node, _Value]) -> _Value:
     if isinstance(argument, fx.Node):
         return values[argument]
     return _Value("nothing in front of it")
+
+
+def _keeps_rows(value: _Value, dimension: int | None) -> bool:
+    """Whether parts along a dimension are rows of a linear map, or samples: of feature maps only channels are."""
+    if value.linear is None or dimension is None or value.is_several:
+        return False
+    return value.spatial is None or dimension in (1, -1 - value.spatial)
 
 
 def _works_in_place(node: fx.Node, function: Any) -> bool:

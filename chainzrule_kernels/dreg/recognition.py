@@ -73,6 +73,10 @@ TRANSPARENT_FUNCTIONS: frozenset[Any] = frozenset(
         torch.clone,
     }
 )
+# Functions that return parts of a tensor, along one dimension.
+PART_FUNCTIONS: frozenset[Any] = frozenset(
+    {torch.chunk, Tensor.chunk, torch.split, Tensor.split, Tensor.__getitem__, operator.getitem}
+)
 OTHER_NORM_FUNCTIONS: frozenset[Any] = frozenset({F.layer_norm, F.group_norm, F.rms_norm, F.instance_norm})
 _SIMPLE_ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -221,6 +225,23 @@ def describe_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         name = _OTHER_ACTIVATIONS[function]
         return ActivationCall(name, None, NOT_OURS, in_place)
     return None
+
+
+def dimension_of_parts(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Along which dimension a call of :data:`PART_FUNCTIONS` takes parts of a tensor; None where it does other things.
+
+    A slice is one along ``d`` when it is ``x[:, …, a:b]`` with ``d`` colons in front, or ``x[..., a:b]`` for the last.
+    """
+    if function in (Tensor.__getitem__, operator.getitem):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        *before, last = index
+        if not isinstance(last, slice):
+            return None
+        if before == [...]:
+            return -1
+        return len(before) if all(isinstance(one, slice) and one == slice(None) for one in before) else None
+    dimension = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    return dimension if isinstance(dimension, int) else None
 
 
 def has_own_forward(module: nn.Module, known: type[nn.Module]) -> bool:
