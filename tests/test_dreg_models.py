@@ -389,6 +389,20 @@ def test_nothing_to_regularise_lists_the_candidates():
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_a_long_list_of_candidates_is_cut():
+    model = nn.Sequential(*(nn.LeakyReLU() for _ in range(15)))
+    with pytest.raises(
+        ValueError, match=r"11 \(LeakyReLU\)(.|\n)*and 3 more, which .*discover\(model\).skipped lists$"
+    ):
+        ck.DREG(model)
+
+
+def test_the_table_of_what_was_found_has_one_line_for_each_layer():
+    lines = str(discover(Calling(F.gelu)).layers).splitlines()
+    assert lines[0].split() == ["name", "linear", "name", "function", "kind", "folds", "note"]
+    assert len(lines) == 2
+
+
 def test_discovery_changes_nothing_and_draws_no_random_number():
     class Counting(nn.Module):
         def __init__(self):

@@ -100,19 +100,19 @@ class Layer:
     """
 
     name: str
-    linear: nn.Module | None
+    linear: nn.Module | None = field(repr=False)
     linear_name: str | None
-    between: tuple[Between, ...]
-    activation: nn.Module | None
-    owner: nn.Module
-    owner_name: str
+    between: tuple[Between, ...] = field(repr=False)
+    activation: nn.Module | None = field(repr=False)
+    owner: nn.Module = field(repr=False)
+    owner_name: str = field(repr=False)
     function: str
     kind: str | None
     folds: bool
     note: str
-    spatial: int | None = None
-    in_place: bool = False
-    overwrites_unseen: bool = False
+    spatial: int | None = field(default=None, repr=False)
+    in_place: bool = field(default=False, repr=False)
+    overwrites_unseen: bool = field(default=False, repr=False)
 
     @property
     def batch_norm(self) -> nn.Module | None:
