@@ -1052,13 +1052,19 @@ def from_transformers(name: str):
     if name == "Llama":
         config = transformers.LlamaConfig(**small, intermediate_size=16, max_position_embeddings=8)
         return transformers.LlamaModel(config), {"input_ids": words}, "layers.{}.mlp.gate_proj", "layers.{}.mlp.act_fn"
+    if name == "OPT":
+        # Its forward unpacks shapes and passes keyword arguments on.
+        small["word_embed_proj_dim"] = small["hidden_size"]
+        config = transformers.OPTConfig(**small, ffn_dim=16, max_position_embeddings=8)
+        linear, activation = "decoder.layers.{}.fc1", "decoder.layers.{}.activation_fn"
+        return transformers.OPTModel(config), {"input_ids": words}, linear, activation
     small.pop("vocab_size")
     config = transformers.ViTConfig(**small, intermediate_size=16, image_size=4, patch_size=2, num_channels=2)
     model = transformers.ViTModel(config, add_pooling_layer=False)
     return model, {"pixel_values": networks.images(2).float()}, "layers.{}.mlp.fc1", "layers.{}.mlp.activation_fn"
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "BERT", "ViT", "Llama"])
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "ViT", "Llama", "OPT"])
 def test_models_of_transformers(name):
     model, inputs, linear, activation = from_transformers(name)
     model.double().eval()
@@ -1074,6 +1080,7 @@ def test_models_of_transformers(name):
     reg = ck.DREG(model, STRENGTH)
     assert [row.name for row in reg.layers] == [activation.format(index) for index in range(2)]
     assert all(row.penalises == "layer" for row in reg.layers)
+    assert not reg.skipped
     output = model(**inputs)[0]
     torch.testing.assert_close(output, plain)
     penalty = reg.penalty()
