@@ -832,6 +832,25 @@ def test_a_call_that_dynamo_does_not_show_is_refused(function):
     assert reg.penalty() > 0
 
 
+def test_a_call_on_a_condition_that_is_not_met_does_not_stop_the_compiler():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return torch.tanh(self.second(x)) if x.dim() == 3 else x
+
+    torch.manual_seed(0)
+    model = Net()
+    reg = ck.DREG(model)
+    assert len(reg.layers) == 2
+    for shape, counts in (((2, 4), [1, 0]), ((2, 3, 4), [1, 1])):
+        torch.compile(model, fullgraph=True, backend="eager")(torch.randn(shape))
+        assert [len(calls) for calls in reg.jac_sq().values()] == counts
+
+
 @pytest.mark.parametrize("name", ["residual net", "language model"])
 def test_compile_with_inductor(name):
     model, x = built(name)
