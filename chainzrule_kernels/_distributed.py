@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from chainzrule_kernels.ops._linear import squared_row_norms
+from chainzrule_kernels.ops.squared_weights.definition import squared_row_norms
 
 __all__ = ["is_plain", "refuse_sharded", "squared_row_norms_of", "whole"]
 

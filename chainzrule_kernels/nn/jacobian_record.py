@@ -28,7 +28,6 @@ from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.functions.activations import Activation
 from chainzrule_kernels.functions.base import ScalarFunction
 from chainzrule_kernels.functions.polynomial import polynomial_of
-from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
 from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
@@ -37,6 +36,7 @@ from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial
 
 if TYPE_CHECKING:
     from chainzrule_kernels.dreg.regulariser import DREG
+from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
 
 
 class ForwardPass:
