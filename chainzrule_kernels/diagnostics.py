@@ -132,13 +132,13 @@ def loss_gradient_norms(
 
 
 class Table(tuple[Row, ...]):
-    """Rows of one dataclass, which print as an aligned table."""
+    """Rows of one dataclass, which print as an aligned table of the fields that its ``repr`` shows."""
 
     def __str__(self) -> str:
         if not self:
             return "(no rows)"
         rows: Sequence[Any] = self
-        names = [field.name for field in dataclasses.fields(rows[0])]
+        names = [field.name for field in dataclasses.fields(rows[0]) if field.repr]
         cells = [[name.replace("_", " ") for name in names]]
         cells += [[format_cell(getattr(row, name)) for name in names] for row in rows]
         widths = [max(len(row[column]) for row in cells) for column in range(len(names))]

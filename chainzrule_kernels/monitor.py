@@ -180,12 +180,16 @@ class JacobianMonitor:
         """
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
         except ImportError as error:
             raise ImportError("JacobianMonitor.plot needs the package matplotlib: pip install matplotlib") from error
         if not self.history:
             raise ValueError("JacobianMonitor.plot: nothing has been measured yet")
         layers = list(dict.fromkeys(row.layer for row in self.history))
-        figure = Figure(figsize=(10, 6.5), layout="constrained")
+        columns = 1 + len(layers) // 31
+        # Inches: the legend stands beside the curves, and names of layers may be long.
+        width = 9.0 + columns * (0.5 + 0.07 * max(map(len, layers)))
+        figure = Figure(figsize=(width, 6.5), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True).flatten()
         titles = ("mean norm", "99th percentile of the norm", "tail ratio (p99 / mean)", "nonlinearity")
         for quantity, title, axis in zip(QUANTITIES, titles, axes, strict=True):
@@ -201,11 +205,10 @@ class JacobianMonitor:
             axes[3].text(0.5, 0.5, "not measured: give step() the inputs", ha="center", transform=axes[3].transAxes)
         for axis in axes[2:]:
             axis.set_xlabel("step")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside right upper", title="layer", fontsize=8, ncols=1 + len(layers) // 31
-        )
-        figure.suptitle("Layer Jacobian norms per sample, $\\Vert J\\Vert_F$")
+        figure.legend(handles, labels, loc="outside right upper", title="layer", fontsize=8, ncols=columns)
+        figure.suptitle("Layer Jacobian norms per sample, $\\Vert J\\Vert_F$", x=0.01, ha="left")
         figure.savefig(path, dpi=120)
         return Path(path)
 

@@ -304,7 +304,8 @@ class _Calls:
                 warnings.simplefilter("ignore")
                 graph = _LocalTracer().trace(owner, concrete_args=_defaults(owner))
         except Exception as error:  # a forward may do anything with what is not a tensor
-            self._opaque[owner] = textwrap.shorten(str(error) or type(error).__name__, 80, placeholder=" …")
+            reason = textwrap.shorten(str(error) or type(error).__name__, 80, placeholder=" …")
+            self._opaque[owner] = "it takes any number of arguments" if _takes_any_number(owner) else reason
             return
         for node in graph.nodes:
             if node.op == "call_module":
@@ -407,6 +408,15 @@ def _defaults(module: nn.Module) -> dict[str, None]:
         if isinstance(parameter.default, bool | int | str):
             raise ValueError(f"its argument {parameter.name}={parameter.default!r} may choose what it does")
     return {parameter.name: None for parameter in parameters if parameter.default is None}
+
+
+def _takes_any_number(module: nn.Module) -> bool:
+    """Whether a forward takes ``*args`` or ``**kwargs``, which torch.fx can neither pass on nor look into."""
+    try:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters)
 
 
 def _label(node: fx.Node) -> str:

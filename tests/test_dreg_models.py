@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from functools import partial
 
@@ -295,12 +296,61 @@ def test_activation_functions(name):
     torch.testing.assert_close(norms, expected)
 
 
+class Sine(nn.Module):
+    """An activation that is none of ours, as in a sinusoidal representation network."""
+
+    def forward(self, x):
+        return torch.sin(30.0 * x)
+
+
+def chunked(z):
+    value, gate = z.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+PARTS = {
+    "chunk": (lambda: nn.Linear(4, 6), chunked, lambda z: F.gelu(z[..., 3:])),
+    "split": (lambda: nn.Linear(4, 6), lambda z: F.silu(z.split([2, 4], -1)[1]), lambda z: F.silu(z[..., 2:])),
+    "slice": (lambda: nn.Linear(4, 6), lambda z: z[..., :1] + torch.tanh(z[..., 1:]), lambda z: torch.tanh(z[..., 1:])),
+    "of positions": (lambda: nn.Linear(4, 6), lambda z: torch.tanh(z[:, 1:]), torch.tanh),
+    "channels": (
+        lambda: nn.Conv1d(4, 6, 3, padding=1),
+        lambda z: F.silu(torch.chunk(z, 3, dim=1)[1]),
+        lambda z: F.silu(z[..., 2:4, :]),
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", PARTS)
+def test_an_activation_of_a_part_of_a_linear_map_counts_the_rows_of_that_part(name, compiled):
+    build, function, of_part = PARTS[name]
+    torch.manual_seed(0)
+    model = Calling(function).double()
+    model.linear = build().double()
+    x = torch.randn(2, 4, 4, dtype=torch.double)
+    samples = x if name == "channels" else (x[:, 1:] if name == "of positions" else x).flatten(0, 1)
+    expected = torch.stack([jacobian_sq(lambda s: of_part(model.linear(s)), sample) for sample in samples]).mean()
+    plain = model(x)
+    reg = ck.DREG(model, STRENGTH)
+    assert [(row.penalises, row.note) for row in reg.layers] == [("layer", "a part of the weight of linear")]
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    torch.testing.assert_close(run(x), plain)
+    penalty = reg.penalty()
+    torch.testing.assert_close(penalty, STRENGTH * expected)
+    for found, wanted in zip(gradients(model, penalty), gradients(model, STRENGTH * expected), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
         (nn.LeakyReLU(), "not one of the activations"),
         (nn.Softplus(beta=2.0), "not one of the activations"),
         (Calling(F.elu), "not one of the activations"),
+        (Calling(partial(F.glu, dim=0)), "not one of the activations"),
+        (Sine(), "not one of the activations"),
+        (Calling(lambda z: z * torch.sigmoid(z)), "multiplied by its input"),
         (nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Tanh()), "in front of it is an activation"),
         (nn.Sequential(nn.Conv2d(2, 2, 1), nn.MaxPool2d(2), nn.ReLU()), "1 in front of it, a MaxPool2d"),
         (nn.Sequential(nn.Conv2d(2, 2, 3, padding_mode="circular"), nn.ReLU()), "pads by 'circular'"),
@@ -339,6 +389,20 @@ def test_nothing_to_regularise_lists_the_candidates():
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_a_long_list_of_candidates_is_cut():
+    model = nn.Sequential(*(nn.LeakyReLU() for _ in range(15)))
+    with pytest.raises(
+        ValueError, match=r"11 \(LeakyReLU\)(.|\n)*and 3 more, which .*discover\(model\).skipped lists$"
+    ):
+        ck.DREG(model)
+
+
+def test_the_table_of_what_was_found_has_one_line_for_each_layer():
+    lines = str(discover(Calling(F.gelu)).layers).splitlines()
+    assert lines[0].split() == ["name", "linear", "name", "function", "kind", "folds", "note"]
+    assert len(lines) == 2
+
+
 def test_discovery_changes_nothing_and_draws_no_random_number():
     class Counting(nn.Module):
         def __init__(self):
@@ -369,8 +433,8 @@ def test_a_forward_that_cannot_be_traced_is_named_and_its_parts_are_found():
             self.last = nn.Linear(3, 3)
 
         def forward(self, x):
-            for index in range(int(x.shape[0]) % 3):
-                x = self.parts[index % 2](x)
+            for index in {torch.float32: (0, 1), torch.float64: (1, 0)}[x.dtype]:
+                x = self.parts[index](x)
             return F.gelu(self.last(x))
 
     model = Opaque()
@@ -379,6 +443,108 @@ def test_a_forward_that_cannot_be_traced_is_named_and_its_parts_are_found():
     ((name, reason),) = [(row.name, row.reason) for row in found.skipped]
     assert name == "the model"
     assert "cannot be traced" in reason
+
+
+def test_what_a_forward_calls_before_its_trace_breaks_is_found():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.activation, self.last = nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = F.silu(self.first(x))
+            x = self.activation(self.last(x))
+            return x * {torch.float32: 1.0, torch.float64: 2.0}[x.dtype]
+
+    torch.manual_seed(0)
+    model = Broken()
+    reg = ck.DREG(model)
+    assert [row.name for row in reg.layers] == ["silu behind first", "activation"]
+    assert [row.name for row in reg.skipped] == ["the model"]
+    model(torch.randn(2, 3))
+    assert [len(calls) for calls in reg.jac_sq().values()] == [1, 1]
+
+
+def doubled(forward):
+    """A decorator such as other libraries put on a forward, which looks into the keyword arguments."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return 2 * forward(self, *args, scale=kwargs.pop("scale", None) or 1.0, **kwargs)
+
+    return wrapper
+
+
+class Shapes(nn.Module):
+    """Unpacks sizes, loops over positions, and makes an activation for one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        x = self.first(x).reshape(*x.shape[:-1], 2, -1).reshape(batch, length, -1)
+        return torch.stack([nn.ReLU()(self.second(x[:, index])) for index in range(length)], dim=1)
+
+
+class Decorated(Shapes):
+    @doubled
+    def forward(self, x, *others, scale, mask=None, **options):
+        return torch.tanh(self.first(x)) * scale
+
+
+class Recurrent(Shapes):
+    def forward(self, x):
+        state = torch.zeros(x.size(0), 4, dtype=x.dtype)
+        for index in range(x.size(1)):
+            state = torch.tanh(self.second(F.pad(state + x[:, index], (0, 2))))
+        return state
+
+
+class Writing(Shapes):
+    def forward(self, x):
+        parts = [torch.zeros_like(x), x.clone()]
+        for index in range(2):
+            parts[index][:, 0] = 1.0
+        return torch.sigmoid(self.first(parts[1]))
+
+
+class Until(Shapes):
+    def forward(self, x):
+        x = F.gelu(self.first(x))
+        while not x.norm() < 1.0:
+            x = 0.5 * x
+        return x
+
+
+class Optional(Shapes):
+    def forward(self, ids=None, embedded=None, tired=False):
+        if (ids is None) == (embedded is None):
+            raise ValueError("expected one of ids and embedded")
+        return F.silu(self.first(ids))
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "calls"),
+    [
+        (Shapes, "relu behind second", 3),
+        (Decorated, "tanh behind first", 1),
+        (Recurrent, "tanh behind second", 3),
+        (Writing, "sigmoid behind first", 1),
+        (Until, "gelu behind first", 1),
+        (Optional, "silu behind first", 1),
+    ],
+)
+def test_forwards_as_other_libraries_write_them(build, name, calls):
+    torch.manual_seed(0)
+    model = build()
+    x = torch.randn(2, 3, 4)
+    plain = model(x)
+    reg = ck.DREG(model)
+    assert [row.name for row in reg.layers] == [name]
+    torch.testing.assert_close(model(x), plain)
+    assert len(reg.jac_sq()[name]) == calls
 
 
 def test_an_argument_that_defaults_to_none_and_is_always_given_does_not_hide_the_layers():
@@ -416,6 +582,25 @@ def test_a_condition_on_values_does_not_hide_the_layers():
 
     (layer,) = discover(Branching()).layers
     assert layer.linear_name == "linear"
+
+
+def test_both_ways_through_a_condition_are_looked_at():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            z = self.linear(x)
+            if x.sum() > 0:
+                return torch.relu(z)
+            return torch.tanh(z)
+
+    model = Forked()
+    reg = ck.DREG(model)
+    for x, name in ((torch.ones(2, 3), "relu behind linear"), (-torch.ones(2, 3), "tanh behind linear")):
+        model(x)
+        assert [row for row, calls in reg.jac_sq().items() if calls] == [name]
 
 
 # ---- choosing ------------------------------------------------------------------------------------------------------
@@ -647,6 +832,25 @@ def test_a_call_that_dynamo_does_not_show_is_refused(function):
     assert reg.penalty() > 0
 
 
+def test_a_call_on_a_condition_that_is_not_met_does_not_stop_the_compiler():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return torch.tanh(self.second(x)) if x.dim() == 3 else x
+
+    torch.manual_seed(0)
+    model = Net()
+    reg = ck.DREG(model)
+    assert len(reg.layers) == 2
+    for shape, counts in (((2, 4), [1, 0]), ((2, 3, 4), [1, 1])):
+        torch.compile(model, fullgraph=True, backend="eager")(torch.randn(shape))
+        assert [len(calls) for calls in reg.jac_sq().values()] == counts
+
+
 @pytest.mark.parametrize("name", ["residual net", "language model"])
 def test_compile_with_inductor(name):
     model, x = built(name)
@@ -867,13 +1071,19 @@ def from_transformers(name: str):
     if name == "Llama":
         config = transformers.LlamaConfig(**small, intermediate_size=16, max_position_embeddings=8)
         return transformers.LlamaModel(config), {"input_ids": words}, "layers.{}.mlp.gate_proj", "layers.{}.mlp.act_fn"
+    if name == "OPT":
+        # Its forward unpacks shapes and passes keyword arguments on.
+        small["word_embed_proj_dim"] = small["hidden_size"]
+        config = transformers.OPTConfig(**small, ffn_dim=16, max_position_embeddings=8)
+        linear, activation = "decoder.layers.{}.fc1", "decoder.layers.{}.activation_fn"
+        return transformers.OPTModel(config), {"input_ids": words}, linear, activation
     small.pop("vocab_size")
     config = transformers.ViTConfig(**small, intermediate_size=16, image_size=4, patch_size=2, num_channels=2)
     model = transformers.ViTModel(config, add_pooling_layer=False)
     return model, {"pixel_values": networks.images(2).float()}, "layers.{}.mlp.fc1", "layers.{}.mlp.activation_fn"
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "BERT", "ViT", "Llama"])
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "ViT", "Llama", "OPT"])
 def test_models_of_transformers(name):
     model, inputs, linear, activation = from_transformers(name)
     model.double().eval()
@@ -889,6 +1099,7 @@ def test_models_of_transformers(name):
     reg = ck.DREG(model, STRENGTH)
     assert [row.name for row in reg.layers] == [activation.format(index) for index in range(2)]
     assert all(row.penalises == "layer" for row in reg.layers)
+    assert not reg.skipped
     output = model(**inputs)[0]
     torch.testing.assert_close(output, plain)
     penalty = reg.penalty()

@@ -92,6 +92,7 @@ class Attachment:
         record = JacobianRecord(self._forward_pass, None, spread=layer.linear, may_leave_input=layer.overwrites_unseen)
         records = self._records_of(layer)
         records.by_linear[layer.linear_name] = record
+        records.is_expected = records.is_expected or not layer.is_conditional
         if layer.linear is None:
             records.spatial = layer.spatial
         return record

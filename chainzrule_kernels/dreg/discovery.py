@@ -6,8 +6,8 @@ reaches an activation, that is a layer. So it does not matter whether the two st
 in a forward written by hand, or in different modules, and whether the activation is a module, a function, or a
 function kept in an attribute.
 
-A module whose forward cannot be traced is opaque: its children are followed on their own, and its own calls are
-unknown. :attr:`Discovery.skipped` names it.
+A module whose forward cannot be traced to its end is opaque: what the trace showed until then is followed, its other
+children on their own, and its other calls are unknown. :attr:`Discovery.skipped` names it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import itertools
 import operator
 import textwrap
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,11 +30,14 @@ from chainzrule_kernels.dreg.recognition import (
     CONVOLUTIONS,
     ELEMENTWISE_FUNCTIONS,
     OTHER_NORM_FUNCTIONS,
+    PART_FUNCTIONS,
+    PRODUCTS,
     TRANSPARENT_FUNCTIONS,
     ActivationCall,
     activation_of,
     attributes_of,
     describe_call,
+    dimension_of_parts,
     is_batch_norm,
     is_closed,
     is_linear_map,
@@ -55,19 +59,20 @@ class Between:
     Attributes:
         name: of the module; of the module in whose forward it is called, for a function.
         module: the module.
-        role: ``"transparent"`` (dropout, identity, a cast), ``"batch norm"`` or ``"other norm"``.
+        role: ``"transparent"`` (dropout, identity, a cast), ``"part"`` (a chunk, a slice), ``"batch norm"`` or
+            ``"other norm"``.
         is_function: whether it is a function that the module's forward calls.
     """
 
     name: str
     module: nn.Module
-    role: Literal["transparent", "batch norm", "other norm"]
+    role: Literal["transparent", "part", "batch norm", "other norm"]
     is_function: bool = False
 
     @property
     def is_norm(self) -> bool:
         """Whether it is a norm."""
-        return self.role != "transparent"
+        return self.role in ("batch norm", "other norm")
 
 
 @dataclass(frozen=True)
@@ -92,22 +97,24 @@ class Layer:
             maps ``(B, C, *spatial)``; None for ``(..., N)``, and where that is not known.
         in_place: whether the activation overwrites its input.
         overwrites_unseen: whether it does and nothing else uses its input, which it may then as well leave as it is.
+        is_conditional: whether the function is called only where conditions on values are met.
     """
 
     name: str
-    linear: nn.Module | None
+    linear: nn.Module | None = field(repr=False)
     linear_name: str | None
-    between: tuple[Between, ...]
-    activation: nn.Module | None
-    owner: nn.Module
-    owner_name: str
+    between: tuple[Between, ...] = field(repr=False)
+    activation: nn.Module | None = field(repr=False)
+    owner: nn.Module = field(repr=False)
+    owner_name: str = field(repr=False)
     function: str
     kind: str | None
     folds: bool
     note: str
-    spatial: int | None = None
-    in_place: bool = False
-    overwrites_unseen: bool = False
+    spatial: int | None = field(default=None, repr=False)
+    in_place: bool = field(default=False, repr=False)
+    overwrites_unseen: bool = field(default=False, repr=False)
+    is_conditional: bool = field(default=False, repr=False)
 
     @property
     def batch_norm(self) -> nn.Module | None:
@@ -122,6 +129,8 @@ class Layer:
     @property
     def units(self) -> int | None:
         """The number of rows of the linear map, or of the polynomial's channels; None when neither is known."""
+        if any(item.role == "part" for item in self.between):
+            return None
         if self.linear is None or not self.folds:
             return getattr(self.activation, "num_channels", None)
         for name in ("out_features", "out_channels", "nf"):
@@ -201,6 +210,8 @@ class _Value:
         lost: why the rows of the linear map do not give the Jacobian's norm; empty when they do.
         spatial: as :attr:`Layer.spatial`.
         memory: where it lies.
+        site: the activation whose output this is, or None.
+        is_several: whether it is a tuple of parts.
     """
 
     front: str
@@ -209,6 +220,8 @@ class _Value:
     lost: str = ""
     spatial: int | None = None
     memory: _Memory = field(default_factory=_Memory)
+    site: _Site | None = None
+    is_several: bool = False
 
     def through(self, item: Between, lost: str = "") -> _Value:
         # What a transparent module returns may be what it was given.
@@ -227,26 +240,123 @@ class _Site:
     value: _Value
     is_polynomial: bool = False
     is_seen_again: bool = False
+    is_conditional: bool = False
+
+
+# Whoever asks more often may be a loop that the same answer never ends.
+_MOST_GUESSES = 1000
+
+
+# Functions that take sizes and dtypes, of which torch.fx does not know that these may be values.
+_MAKING_FUNCTIONS = (
+    torch.zeros,
+    torch.ones,
+    torch.empty,
+    torch.full,
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.arange,
+    torch.linspace,
+    torch.eye,
+    torch.tensor,
+    torch.finfo,
+    torch.iinfo,
+)
+
+
+class _GuessingProxy(fx.Proxy):
+    """A value that passes for what a forward needs to know of it: a number is 2, and so is the number of parts."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __index__(self) -> int:
+        return 2
+
+    def __int__(self) -> int:
+        return 2
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
 class _LocalTracer(fx.Tracer):
     """Traces one module's own forward; its children are leaves.
 
-    A condition on a value is taken to be ``guess``: the trace then shows one of the ways through the forward. That is
-    enough to find layers, since the pairing is checked again whenever the model runs.
+    A condition on a value is taken to be ``guess``, and a number that the forward must know to be 2: the trace then
+    shows one of the ways through the forward. That is enough to find layers, since the pairing is checked again
+    whenever the model runs.
+
+    Args:
+        given: the names of the arguments that the forward is called with; the others have their defaults.
+        guess: None to take nothing for granted.
+        unwrapped: whether to trace what the decorators of the forward wrap.
     """
 
     proxy_buffer_attributes = True
+    trace_asserts = True
 
-    def __init__(self, guess: bool | None) -> None:
-        super().__init__()
+    def __init__(self, given: frozenset[str], guess: bool | None, unwrapped: bool) -> None:
+        super().__init__(autowrap_functions=_MAKING_FUNCTIONS)
+        self._autowrap_search.append(torch)
+        self.given = given
         self.guess = guess
+        self.unwrapped = unwrapped
+        self.guesses = 0
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[[], Any], list[Any]]:
+        """The call of the forward, and no arguments to it: a placeholder for each parameter stands in the call."""
+        _, *parameters = inspect.signature(root_fn).parameters.values()
+        function = inspect.unwrap(root_fn) if self.unwrapped else root_fn
+        args: list[Any] = [self.root]
+        kwargs: dict[str, Any] = {}
+        for position, parameter in enumerate(parameters, 1):
+            value = self.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.name not in self.given:
+                continue
+            # By its name behind one that is left out.
+            if len(args) == position and parameter.kind is not parameter.KEYWORD_ONLY:
+                args.append(value)
+            else:
+                kwargs[parameter.name] = value
+
+        def call() -> Any:
+            return function(*args, **kwargs)
+
+        return call, []
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A leaf, or what a module computes that the forward has made for this call, as in ``nn.ReLU()(x)``."""
+        is_part = m in (self.submodule_paths or {})
+        return super().call_module(m, forward, args, kwargs) if is_part else forward(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def to_bool(self, obj: Any) -> bool:
-        return super().to_bool(obj) if self.guess is None else self.guess
+        if self.guess is None:
+            return super().to_bool(obj)
+        self.guesses += 1
+        if self.guesses > _MOST_GUESSES:
+            raise RuntimeError("a loop in it ends by what it computes")
+        return self.guess
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return super().iter(obj) if self.guess is None else iter((obj[0], obj[1]))
+
+    def create_arg(self, a: Any) -> Any:
+        """What a graph can hold; of an object that it cannot, such as a cache, the name of its class."""
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return type(a).__name__
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if self.guess is None else _GuessingProxy(node, self)
 
 
 @dataclass(frozen=True)
@@ -256,40 +366,79 @@ class _Trace:
     Attributes:
         graph: what it calls.
         is_whole: whether the forward can go no other way, and keeps nothing.
+        broken_by: why the trace ends before the forward does; empty when it does not.
+        other_way: what it calls when its conditions on values are met, where that is something else.
     """
 
     graph: fx.Graph
     is_whole: bool
+    broken_by: str = ""
+    other_way: fx.Graph | None = None
 
 
 def _trace(module: nn.Module) -> _Trace | str:
-    """The trace of the module's own forward, or why there is none."""
+    """The trace of the module's own forward, or why there is none.
+
+    The first attempt that reaches the end counts, otherwise the one that shows most.
+    """
     if "forward" in module.__dict__:
         return "a forward was put on the instance"
     signature = _signature(module)
     if signature is None:
         return "its forward has no signature"
-    parameters = signature.parameters.values()
-    defaults: dict[str, Any] = {
-        parameter.name: parameter.default
+    longest: _Trace | None = None
+    is_wrapped = hasattr(type(module).forward, "__wrapped__")
+    unwrapping = (False, True) if is_wrapped else (False,)
+    for given, unwrapped, guess in itertools.product(_arguments_given(signature), unwrapping, (None, False, True)):
+        found = _attempt(module, _LocalTracer(given, guess, unwrapped))
+        if found.broken_by:
+            longest = found if longest is None or len(found.graph.nodes) > len(longest.graph.nodes) else longest
+        elif guess is None:
+            is_whole = found.is_whole and not is_wrapped and len(given) == len(signature.parameters) - 1
+            return dataclasses.replace(found, is_whole=is_whole)
+        else:
+            other = found if guess else _attempt(module, _LocalTracer(given, True, unwrapped))
+            shows_more = not _calls(other.graph) <= _calls(found.graph)
+            return _Trace(found.graph, False, other_way=other.graph if shows_more else None)
+    assert longest is not None
+    return longest
+
+
+def _attempt(module: nn.Module, tracer: _LocalTracer) -> _Trace:
+    """A trace, as far as it got; ``is_whole`` says whether the module's attributes are what they were."""
+    try:
+        with unchanged(module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            before = attributes_of(module)
+            graph = tracer.trace(module)
+            return _Trace(graph, attributes_of(module) == before)
+    except Exception as error:  # a forward may do anything with what is not a tensor
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        # Of a forward that is no function of Python there is not even a beginning.
+        return _Trace(getattr(tracer, "graph", fx.Graph()), False, reason)
+
+
+def _calls(graph: fx.Graph) -> set[tuple[str, Any]]:
+    return {(node.op, node.target) for node in graph.nodes if node.op.startswith("call")}
+
+
+def _arguments_given(signature: inspect.Signature) -> list[frozenset[str]]:
+    """Which arguments a forward may be called with: those without a default; one more; all that may be tensors."""
+    _, *parameters = signature.parameters.values()
+    required = [
+        parameter.name
         for parameter in parameters
-        if parameter.default is None or isinstance(parameter.default, bool | int | float | str)
-    }
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    # Several positional arguments of any number are one here, unless others come before.
+    required = [name for name in required if len(required) == 1 or signature.parameters[name].kind is not _ANY_NUMBER]
     # An argument that defaults to None may be one that every caller gives, and the forward then needs.
-    given = {name: default for name, default in defaults.items() if default is not None}
-    choices = [defaults, given] if given != defaults else [defaults]
-    reason = ""
-    for concrete, guess in itertools.product(choices, (None, False, True)):
-        try:
-            with unchanged(module), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                before = attributes_of(module)
-                graph = _LocalTracer(guess).trace(module, concrete_args=dict(concrete))
-                is_whole = guess is None and not defaults and attributes_of(module) == before
-                return _Trace(graph, is_whole)
-        except Exception as error:  # a forward may do anything with what is not a tensor
-            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return reason
+    optional = [parameter.name for parameter in parameters if parameter.default is None]
+    choices = [required, [*required, *optional]] if required else [optional[:1], optional]
+    return list(dict.fromkeys(map(frozenset, choices)))
+
+
+_ANY_NUMBER = inspect.Parameter.VAR_POSITIONAL
 
 
 def _signature(module: nn.Module) -> inspect.Signature | None:
@@ -300,7 +449,9 @@ def _signature(module: nn.Module) -> inspect.Signature | None:
         return None
 
 
-_IN_PLACE_OPERATORS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow})
+_IN_PLACE_OPERATORS = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem}
+)
 
 
 # ---- following ------------------------------------------------------------------------------------------------------
@@ -316,6 +467,7 @@ class _Analysis:
         self.reached: set[nn.Module] = set()
         self.running: set[nn.Module] = set()
         self.opaque: dict[str, str] = {}
+        self.on_other_way: nn.Module | None = None
 
     def follow_everything(self) -> None:
         self.call(self.model, [_Value("nothing in front of it")])
@@ -364,15 +516,21 @@ class _Analysis:
         if module in self.running:  # a module that calls itself
             return other
         trace = self._trace(module)
-        if isinstance(trace, str):
+        reason = trace if isinstance(trace, str) else trace.broken_by
+        if reason:
             for argument in arguments:
                 argument.memory.is_followed = False
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                self.opaque[name] = trace
+                self.opaque[name] = reason
+        if isinstance(trace, str):
             return other
         self.running.add(module)
         try:
-            result = self._follow(name, module, trace, arguments) or other
+            result = self._follow(name, module, trace.graph, trace.is_whole, arguments) or other
+            if trace.other_way is not None:
+                outer, self.on_other_way = self.on_other_way, module
+                self._follow(name, module, trace.other_way, False, arguments)
+                self.on_other_way = outer
             # What a subclass makes of the product with its weight is no longer that.
             return other if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else result
         finally:
@@ -387,11 +545,13 @@ class _Analysis:
             self.traces[module] = _trace(module)
         return self.traces[module]
 
-    def _follow(self, name: str, module: nn.Module, trace: _Trace, arguments: list[_Value]) -> _Value | None:
+    def _follow(
+        self, name: str, module: nn.Module, graph: fx.Graph, is_whole: bool, arguments: list[_Value]
+    ) -> _Value | None:
         values: dict[fx.Node, _Value] = {}
         given = iter(arguments)
         result: _Value | None = None
-        for node in trace.graph.nodes:
+        for node in graph.nodes:
             for used in node.all_input_nodes:
                 for site in values[used].memory.overwritten_by:
                     site.is_seen_again = True
@@ -412,7 +572,7 @@ class _Analysis:
                 result = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
             else:
                 values[node] = self._function(name, module, node, values)
-            if node in values and not trace.is_whole:
+            if node in values and not is_whole:
                 values[node].memory.is_followed = False
         return result
 
@@ -423,15 +583,23 @@ class _Analysis:
         value = values.get(first) if isinstance(first, fx.Node) else None
         if value is None:
             return _Value(f"the result of {label} in front of it")
+        if function in PRODUCTS:
+            self._product([values[used] for used in node.all_input_nodes])
         # It may be a view.
         spatials = (values[used].spatial for used in node.all_input_nodes if function in ELEMENTWISE_FUNCTIONS)
         spatial = next((found for found in spatials if found is not None), None)
         other = _Value(f"the result of {label} in front of it", spatial=spatial, memory=value.memory)
         call = describe_call(function, node.args, node.kwargs)
         if call is not None:
-            return self._activation(_Site(name, module, None, call, value))
+            is_conditional = self.on_other_way is module
+            return self._activation(_Site(name, module, None, call, value, is_conditional=is_conditional))
         if function in TRANSPARENT_FUNCTIONS:
             return value.through(Between(name, module, "transparent", is_function=True))
+        if value.is_several and function is operator.getitem and isinstance(node.args[1], int):
+            return dataclasses.replace(value, is_several=False)
+        if function in PART_FUNCTIONS and _keeps_rows(value, dimension_of_parts(function, node.args, node.kwargs)):
+            part = value.through(Between(name, module, "part", is_function=True))
+            return dataclasses.replace(part, is_several=function is not operator.getitem)
         if function is torch.nn.functional.batch_norm:
             return self._batch_norm(value, Between(name, module, "batch norm", is_function=True))
         if function in OTHER_NORM_FUNCTIONS:
@@ -455,11 +623,19 @@ class _Analysis:
             item, f"{item.name} in front of it, a {norm}, does not fold into the weight of {value.linear}"
         )
 
+    def _product(self, factors: list[_Value]) -> None:
+        """``z f(z)`` is an activation of its own: ``z sigmoid(z)`` is silu."""
+        for factor in factors:
+            site = factor.site
+            if site is not None and site.activation is None and site.value in factors:
+                reason = "its result is multiplied by its input, which makes another activation of it"
+                site.call = ActivationCall(site.call.name, None, reason, site.call.in_place)
+
     def _activation(self, site: _Site) -> _Value:
         self.sites.append(site)
         if site.call.in_place:
             site.value.memory.overwritten_by.append(site)
-        return _Value(f"{self._label(site)} in front of it is an activation", spatial=site.value.spatial)
+        return _Value(f"{self._label(site)} in front of it is an activation", spatial=site.value.spatial, site=site)
 
     def _polynomial(self, name: str, module: nn.Module, value: _Value) -> _Value:
         self._close(module)
@@ -507,7 +683,7 @@ class _Analysis:
             skipped[name] = SkippedActivation(
                 name or "the model",
                 module,
-                f"the functions that its forward calls are unknown, since it cannot be traced: {_shortened(reason)}",
+                f"not all that its forward calls is known, since it cannot be traced to its end: {_shortened(reason)}",
             )
         taken = {(layer.owner, layer.function) for layer in layers.values() if layer.linear is None}
         return Discovery(
@@ -526,9 +702,10 @@ class _Analysis:
             note = value.front
         elif value.lost:
             note = value.lost
-        elif any(item.role == "batch norm" for item in value.between):
-            norm = next(item.name for item in value.between if item.role == "batch norm")
-            note = f"the weight of {value.linear}, scaled by {norm}"
+        else:
+            names = {item.role: item.name for item in value.between}
+            note = f"a part of {note}" if "part" in names else note
+            note = f"{note}, scaled by {names['batch norm']}" if "batch norm" in names else note
         return Layer(
             name=name,
             linear=None if value.linear is None else self.modules[value.linear],
@@ -544,6 +721,7 @@ class _Analysis:
             spatial=None if takes_rows else value.spatial,
             in_place=site.call.in_place,
             overwrites_unseen=site.call.in_place and value.memory.is_followed and not site.is_seen_again,
+            is_conditional=site.is_conditional,
         )
 
 
@@ -554,6 +732,7 @@ def _combined(one: Layer, other: Layer) -> Layer:
         chosen,
         between=tuple(dict.fromkeys((*one.between, *other.between))),
         overwrites_unseen=one.overwrites_unseen and other.overwrites_unseen,
+        is_conditional=one.is_conditional and other.is_conditional,
     )
 
 
@@ -567,14 +746,23 @@ def _by_position(child: nn.Module, call: fx.Node) -> list[Any]:
     if bound is None:
         return [*call.args, *call.kwargs.values()]
     bound.apply_defaults()
-    _, *arguments = bound.arguments.values()
-    return arguments
+    _, *arguments = bound.arguments.items()
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    # One placeholder stands for any number of positional arguments.
+    return [next(iter(value), None) if kinds[name] is _ANY_NUMBER else value for name, value in arguments]
 
 
 def _value_of(argument: Any, values: dict[fx.Node, _Value]) -> _Value:
     if isinstance(argument, fx.Node):
         return values[argument]
     return _Value("nothing in front of it")
+
+
+def _keeps_rows(value: _Value, dimension: int | None) -> bool:
+    """Whether parts along a dimension are rows of a linear map, or samples: of feature maps only channels are."""
+    if value.linear is None or dimension is None or value.is_several:
+        return False
+    return value.spatial is None or dimension in (1, -1 - value.spatial)
 
 
 def _works_in_place(node: fx.Node, function: Any) -> bool:

@@ -27,8 +27,10 @@ from chainzrule_kernels.dreg.recognition import (
     CONVOLUTIONS,
     NAMES_HIDDEN_BY_DYNAMO,
     OTHER_NORM_FUNCTIONS,
+    PART_FUNCTIONS,
     TRANSPARENT_FUNCTIONS,
     describe_call,
+    dimension_of_parts,
     is_transformers_conv1d,
 )
 from chainzrule_kernels.nn.jacobian_record import (
@@ -220,8 +222,8 @@ class WatchingFunctions(Interception):
         with mode:
             y = self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
-            for name in self.records:
-                if name in NAMES_HIDDEN_BY_DYNAMO and name not in mode.seen:
+            for name, records in self.records.items():
+                if name in NAMES_HIDDEN_BY_DYNAMO and records.is_expected and name not in mode.seen:
                     raise RuntimeError(
                         f"DREG: the call of {name} in a {type(self.module).__name__} was not seen. torch.compile "
                         "does not show those of torch.nn.functional.tanh and sigmoid, torch.relu_, tanh_ and sigmoid_. "
@@ -254,6 +256,8 @@ class _FunctionMode(TorchFunctionMode):
                     return y
         elif func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
+        elif func in PART_FUNCTIONS:
+            return _parts(func, args, kwargs)
         elif func in TRANSPARENT_FUNCTIONS or func in OTHER_NORM_FUNCTIONS:
             y = func(*args, **kwargs)
             hand_on(_first(args, kwargs), y, func in TRANSPARENT_FUNCTIONS)
@@ -280,6 +284,30 @@ def hand_on(x: Any, y: Any, keeps_norms: bool) -> None:
     source = source_of(x)
     if source is not None and isinstance(y, Tensor):
         set_source(y, source.linear, source.row_sq if keeps_norms else None, source.spatial)
+
+
+def _parts(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Parts of a tensor, marked as it is: with the row norms of their own units, or of all for parts of the batch."""
+    parts = function(*args, **kwargs)
+    x = _first(args, kwargs)
+    source = source_of(x) if isinstance(x, Tensor) else None
+    dimension = None if source is None else dimension_of_parts(function, args, kwargs)
+    if source is None or dimension is None:
+        return parts
+    is_of_units = dimension % x.dim() == x.dim() - 1 - (source.spatial or 0)
+    if not is_of_units and source.spatial is not None:
+        return parts
+    rows = source.row_sq if is_of_units else None
+    if isinstance(parts, Tensor):
+        set_source(parts, source.linear, source.row_sq if rows is None else rows[args[1][-1]], source.spatial)
+        return parts
+    if torch.compiler.is_compiling():
+        # Dynamo lets no attribute be set on one of several results.
+        parts = tuple(part.view_as(part) for part in parts)
+    of_each = None if rows is None else rows.split([part.shape[dimension] for part in parts])
+    for index, part in enumerate(parts):
+        set_source(part, source.linear, source.row_sq if of_each is None else of_each[index], source.spatial)
+    return parts
 
 
 def _batch_norm(

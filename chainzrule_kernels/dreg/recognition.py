@@ -73,6 +73,10 @@ TRANSPARENT_FUNCTIONS: frozenset[Any] = frozenset(
         torch.clone,
     }
 )
+# Functions that return parts of a tensor, along one dimension.
+PART_FUNCTIONS: frozenset[Any] = frozenset(
+    {torch.chunk, Tensor.chunk, torch.split, Tensor.split, Tensor.__getitem__, operator.getitem}
+)
 OTHER_NORM_FUNCTIONS: frozenset[Any] = frozenset({F.layer_norm, F.group_norm, F.rms_norm, F.instance_norm})
 _SIMPLE_ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -95,6 +99,7 @@ _SIMPLE_ACTIVATIONS: dict[Any, str] = {
     Tensor.sigmoid_: "sigmoid",
 }
 _IN_PLACE = frozenset({F.relu_, torch.relu_, Tensor.relu_, torch.tanh_, Tensor.tanh_, torch.sigmoid_, Tensor.sigmoid_})
+PRODUCTS: frozenset[Any] = frozenset({operator.mul, operator.imul, torch.mul, Tensor.mul, Tensor.mul_})
 # Functions of two tensors that work on each element: the sum of feature maps is a feature map.
 ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(
     {
@@ -102,17 +107,13 @@ ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(
         operator.iadd,
         operator.sub,
         operator.isub,
-        operator.mul,
-        operator.imul,
         torch.add,
         torch.sub,
-        torch.mul,
         Tensor.add,
         Tensor.add_,
         Tensor.sub,
         Tensor.sub_,
-        Tensor.mul,
-        Tensor.mul_,
+        *PRODUCTS,
     }
 )
 # By the name under which the tables speak of each.
@@ -129,6 +130,8 @@ _OTHER_ACTIVATIONS: dict[Any, str] = {
         "celu",
         "elu",
         "elu_",
+        "glu",
+        "hardshrink",
         "hardsigmoid",
         "hardswish",
         "hardtanh",
@@ -141,13 +144,18 @@ _OTHER_ACTIVATIONS: dict[Any, str] = {
         "rrelu",
         "selu",
         "selu_",
+        "softshrink",
         "softsign",
         "tanhshrink",
+        "threshold",
+        "threshold_",
     )
 }
 _OTHER_ACTIVATION_MODULES = (
     nn.CELU,
     nn.ELU,
+    nn.GLU,
+    nn.Hardshrink,
     nn.Hardsigmoid,
     nn.Hardswish,
     nn.Hardtanh,
@@ -156,8 +164,10 @@ _OTHER_ACTIVATION_MODULES = (
     nn.PReLU,
     nn.RReLU,
     nn.SELU,
+    nn.Softshrink,
     nn.Softsign,
     nn.Tanhshrink,
+    nn.Threshold,
 )
 NOT_OURS = f"not one of the activations {', '.join(ACTIVATION_KINDS)}"
 
@@ -217,6 +227,23 @@ def describe_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return None
 
 
+def dimension_of_parts(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Along which dimension a call of :data:`PART_FUNCTIONS` takes parts of a tensor; None where it does other things.
+
+    A slice is one along ``d`` when it is ``x[:, …, a:b]`` with ``d`` colons in front, or ``x[..., a:b]`` for the last.
+    """
+    if function in (Tensor.__getitem__, operator.getitem):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        *before, last = index
+        if not isinstance(last, slice):
+            return None
+        if before == [...]:
+            return -1
+        return len(before) if all(isinstance(one, slice) and one == slice(None) for one in before) else None
+    dimension = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    return dimension if isinstance(dimension, int) else None
+
+
 def has_own_forward(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether the module computes something else than ``known``, of which it is an instance."""
     return type(module).forward is not known.forward or "forward" in module.__dict__
@@ -236,7 +263,10 @@ def activation_of(module: nn.Module) -> ActivationCall | None:
     if type(module).__module__.startswith("torch.nn."):
         return None
     found = _kind_by_values(module)
-    return None if found is None else ActivationCall(name, found[0], in_place=found[1])
+    if found is None:
+        return None
+    kind, in_place = found
+    return ActivationCall(name, kind, "" if kind else NOT_OURS, in_place)
 
 
 def _kind_of_plain_module(module: nn.Module) -> str | None:
@@ -257,11 +287,12 @@ def _kind_of_plain_module(module: nn.Module) -> str | None:
     return None
 
 
-def _kind_by_values(module: nn.Module) -> tuple[str, bool] | None:
+def _kind_by_values(module: nn.Module) -> tuple[str | None, bool] | None:
     """The kind that agrees with a module without parameters on a few numbers, and whether it overwrites them.
 
-    The same in training and in evaluation. None for a module that does more than compute, such as one that keeps its
-    output: what stands in its place would not do that.
+    The same in training and in evaluation. The kind is None for a function of each number that is not one of ours. All
+    is None for anything else, and for a module that does more than compute, such as one that keeps its output: what
+    stands in its place would not do that.
     """
     if "forward" in module.__dict__ or any(True for _ in (*module.parameters(), *module.buffers())):
         return None
@@ -269,10 +300,10 @@ def _kind_by_values(module: nn.Module) -> tuple[str, bool] | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _kind_of_values(module: nn.Module, training: bool) -> tuple[str, bool] | None:
+def _kind_of_values(module: nn.Module, training: bool) -> tuple[str | None, bool] | None:
     # Far out, too, where some activations are clipped; exp() of these is still finite.
-    far = torch.tensor([30.0, 100.0, 600.0])
-    numbers = torch.cat([torch.linspace(-6, 6, 49), -far, far]).double()
+    near, far = torch.linspace(-6, 6, 49), torch.tensor([30.0, 100.0, 600.0])
+    numbers = torch.cat([near, -far, far]).double()
     parts = [(part, part.training) for part in module.modules()]
     try:
         with unchanged(module), torch.no_grad(), torch.device("cpu"):
@@ -284,6 +315,7 @@ def _kind_of_values(module: nn.Module, training: bool) -> tuple[str, bool] | Non
             values = module.forward(given)
             if attributes_of(module) != before:
                 return None
+            some = module.forward(near.double().flip(0)[::2].clone().view(1, 1, -1))
     except Exception:  # whatever it is, it is no activation
         return None
     finally:
@@ -296,7 +328,21 @@ def _kind_of_values(module: nn.Module, training: bool) -> tuple[str, bool] | Non
         # Wide enough for a constant written with ten digits or a cast to float32; the kinds differ by more.
         if torch.allclose(values.flatten().double(), expected, rtol=1e-6, atol=1e-6):
             return kind, not torch.equal(given.flatten(), numbers)
-    return None
+    values = values.flatten()
+    expected = values[: near.numel()].flip(0)[::2]
+    if some.numel() != expected.numel() or not torch.allclose(some.flatten(), expected, rtol=1e-6, atol=1e-9):
+        return None
+    return None if _is_combination_of_ours(numbers, values) else (None, False)
+
+
+def _is_combination_of_ours(numbers: Tensor, values: Tensor) -> bool:
+    """Whether ``values`` are ``a f(numbers) + b`` with one of our activations, or the identity, for ``f``."""
+    for f in (numbers, *(Activation(kind).derivatives(numbers, 0)[0] for kind in ACTIVATION_KINDS)):
+        basis = torch.stack([f, torch.ones_like(f)], dim=1)
+        fitted = basis @ torch.linalg.lstsq(basis, values.double()[:, None]).solution
+        if torch.allclose(fitted.flatten(), values.double(), rtol=1e-6, atol=1e-6):
+            return True
+    return False
 
 
 def attributes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -525,8 +525,15 @@ def _check_found(model: nn.Module, discovery: Discovery) -> None:
 
 
 def _listing(skipped: Iterable[SkippedActivation]) -> str:
-    lines = "".join(f"\n  {row.name} ({row.module}): {row.reason}" for row in skipped)
+    rows = list(skipped)
+    lines = "".join(f"\n  {row.name} ({row.module}): {row.reason}" for row in rows[:_MOST_LISTED])
+    if len(rows) > _MOST_LISTED:
+        lines += f"\n  and {len(rows) - _MOST_LISTED} more, which chainzrule_kernels.dreg.discover(model).skipped lists"
     return f". Not regularised are:{lines}" if lines else ""
+
+
+# Of a large model, the first rows tell what the others do.
+_MOST_LISTED = 12
 
 
 def _refuse_attached(model: nn.Module) -> None:

@@ -346,6 +346,7 @@ class ActivationRecords:
     Attributes:
         by_linear: the records, by the name of the linear map; None for a linear map that is left out.
         spatial: of the input that belongs to no linear map, as :attr:`Source.spatial`.
+        is_expected: whether it is called each time that the forward runs, as far as its trace showed.
         forward_pass: the regulariser's.
     """
 
@@ -355,6 +356,7 @@ class ActivationRecords:
         self.forward_pass = forward_pass
         self.by_linear: dict[str | None, JacobianRecord | None] = {}
         self.spatial: int | None = None
+        self.is_expected = False
 
     def apply(
         self, function: FixedActivation | LearnablePolynomial, z: Tensor, in_place: bool = False
