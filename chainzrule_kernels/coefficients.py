@@ -46,10 +46,20 @@ def pkn(a: Parameter, c: Parameter, degree: int, offset: Parameter = 0.0) -> Ten
             tensors.
     """
     check_degree(degree)
+    # A product or a sum with its neutral element would cost as much as the others.
+    has_scale = isinstance(a, Tensor) or a != 1
+    has_offset = isinstance(offset, Tensor) or offset != 0
     a, c, offset = _broadcast(a=a, c=c, offset=offset)
-    rows = [a * math.comb(degree, power) * c ** (degree - power) for power in range(degree + 1)]
-    rows[0] = rows[0] + offset
-    return torch.stack(rows)
+    powers = [torch.ones_like(c), c]
+    while len(powers) <= degree:
+        powers.append(powers[-1] * c)
+    counts = [math.comb(degree, power) for power in range(degree + 1)]
+    coeffs = torch.stack(
+        [power if count == 1 else power * count for power, count in zip(reversed(powers), counts, strict=True)]
+    )
+    if has_scale:
+        coeffs = coeffs * a
+    return torch.cat((coeffs[:1] + offset, coeffs[1:])) if has_offset else coeffs
 
 
 def react(a: Parameter, b: Parameter, c: Parameter, degree: int = 2) -> Tensor:
