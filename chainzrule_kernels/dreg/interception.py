@@ -22,10 +22,11 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from chainzrule_kernels import _distributed
+from chainzrule_kernels._tracing import constant_while_running, show_to_function_modes
 from chainzrule_kernels.dreg.recognition import (
     ACTIVATION_FUNCTIONS,
     CONVOLUTIONS,
-    NAMES_HIDDEN_BY_DYNAMO,
+    FUNCTIONS_HIDDEN_BY_DYNAMO,
     OTHER_NORM_FUNCTIONS,
     TRANSPARENT_FUNCTIONS,
     describe_call,
@@ -160,7 +161,6 @@ class MarkingLinear(Interception):
         set_source(y, self.name, row_sq, None)
 
     def _row_sq(self, x: Tensor, y: Tensor) -> Tensor:
-        _distributed.refuse_sharded(self.module)
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         weight = weight.to(compute_dtype(y))
@@ -217,36 +217,32 @@ class WatchingFunctions(Interception):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, its calls of functions watched."""
-        mode = _FunctionMode(self.records)
-        with mode:
-            y = self.original(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            for name in self.records:
-                if name in NAMES_HIDDEN_BY_DYNAMO and name not in mode.seen:
-                    raise RuntimeError(
-                        f"DREG: the call of {name} in a {type(self.module).__name__} was not seen. torch.compile "
-                        "does not show those of torch.nn.functional.tanh and sigmoid, torch.relu_, tanh_ and sigmoid_. "
-                        "Call torch.tanh, torch.sigmoid or the tensor's method, or leave the layer out with layers="
-                    )
-        return y
+        _show_hidden_calls()
+        with _FunctionMode(self.records):
+            return self.original(*args, **kwargs)
+
+
+@constant_while_running
+def _show_hidden_calls() -> None:
+    # At each call, since a forward that is not compiled itself may call a function that is.
+    global _hidden_calls_are_shown
+    if not _hidden_calls_are_shown:
+        _hidden_calls_are_shown = show_to_function_modes(FUNCTIONS_HIDDEN_BY_DYNAMO)
+
+
+_hidden_calls_are_shown = False
 
 
 class _FunctionMode(TorchFunctionMode):
-    """Records the calls of activations.
-
-    Attributes:
-        seen: the names of the activations that were called.
-    """
+    """Records the calls of activations."""
 
     def __init__(self, records: dict[str, ActivationRecords]) -> None:
         super().__init__()
         self.records = records
-        self.seen: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in ACTIVATION_FUNCTIONS:
-            self.seen.append(ACTIVATION_FUNCTIONS[func])
             records = self.records.get(ACTIVATION_FUNCTIONS[func])
             call = None if records is None else describe_call(func, args, kwargs)
             if records is not None and call is not None and call.kind is not None:

@@ -184,6 +184,7 @@ class DREG:
                 self._forward_pass.forget_interrupted()
             raise RuntimeError(_INCOMPLETE)
         self._run_tangents()
+        self._attachment.prepare_backward()
 
     def _nothing_recorded(self) -> RuntimeError:
         return RuntimeError(_NO_LAYER_RAN if self._forward_pass.has_begun else _NOTHING_RECORDED)
