@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from chainzrule_kernels import _distributed
 from chainzrule_kernels.dreg.accumulated import Start
@@ -126,11 +126,11 @@ class Attachment:
         module.jacobian_record = record  # type: ignore[assignment]
         self._has_record.append(module)
 
-    def prepare_backward(self) -> None:
-        """See that the weights of FSDP2 are there when a backward pass begins at the norms of the latest pass."""
+    def prepare_backward(self, recorded: Iterable[list[tuple[Tensor, int]]]) -> None:
+        """See that the weights of FSDP2 are there when a backward pass comes to the norms of each layer."""
         if _distributed.may_shard():
-            for record, containing in zip(self.records, self._containing, strict=True):
-                for jac_sq, _ in record.calls:
+            for calls, containing in zip(recorded, self._containing, strict=True):
+                for jac_sq, _ in calls:
                     _distributed.bring_weights_back(jac_sq, containing)
 
     def remove(self) -> None:

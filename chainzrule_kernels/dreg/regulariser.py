@@ -177,14 +177,25 @@ class DREG:
         if self._is_a_pass() and not getattr(model, "_is_replica", False):
             self._forward_pass.end()
 
-    def _check_pass(self) -> None:
-        """Raise when the latest pass has not reached its end; otherwise see that its norms are there."""
+    def _recorded(self) -> list[list[tuple[Tensor, int]]]:
+        """For each layer, what the latest pass has recorded.
+
+        Raises:
+            RuntimeError: when that pass has not reached its end, or is not that of this thread.
+        """
+        if not torch.compiler.is_compiling():
+            self._forward_pass.refuse_other_threads()
         if self._forward_pass.has_begun and not self._forward_pass.is_complete:
             if not torch.compiler.is_compiling():
                 self._forward_pass.forget_interrupted()
             raise RuntimeError(_INCOMPLETE)
         self._run_tangents()
-        self._attachment.prepare_backward()
+        recorded = [record.calls for record in self._records]
+        if not torch.compiler.is_compiling():
+            # Behind the look at the records, which another thread may empty at any time.
+            self._forward_pass.check_latest()
+        self._attachment.prepare_backward(recorded)
+        return recorded
 
     def _nothing_recorded(self) -> RuntimeError:
         return RuntimeError(_NO_LAYER_RAN if self._forward_pass.has_begun else _NOTHING_RECORDED)
@@ -213,10 +224,9 @@ class DREG:
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: expected a bool tensor, got {got}")
-        self._check_pass()
         terms: list[Tensor] = []
-        for layer, weight, record in zip(self.layers, self._weights, self._records, strict=True):
-            for jac_sq, units in record.calls:
+        for layer, weight, calls in zip(self.layers, self._weights, self._recorded(), strict=True):
+            for jac_sq, units in calls:
                 term = self._over_batch(layer.name, jac_sq, mask)
                 if weight != 1.0:
                     term = term * weight
@@ -293,10 +303,9 @@ class DREG:
         Raises:
             RuntimeError: when the latest pass has not reached its end.
         """
-        self._check_pass()
         return {
-            layer.name: [jac_sq for jac_sq, _ in record.calls]
-            for layer, record in zip(self.layers, self._records, strict=True)
+            layer.name: [jac_sq for jac_sq, _ in calls]
+            for layer, calls in zip(self.layers, self._recorded(), strict=True)
         }
 
     def report(self, *inputs: Any, **keywords: Any) -> Table[LayerReport]:
@@ -319,7 +328,8 @@ class DREG:
             return self._report()
         recorded = [record.calls for record in self._records]
         tangent_pass = self._tangent_pass
-        latest = self._forward_pass.has_begun, self._forward_pass.is_complete
+        self._forward_pass.refuse_other_threads()
+        latest = self._forward_pass.remember()
         training = [module for module in self.model.modules() if module.training]
         self._forward_pass.measures_nonlinearity = True
         try:
@@ -330,7 +340,7 @@ class DREG:
             return self._report()
         finally:
             self._forward_pass.measures_nonlinearity = False
-            self._forward_pass.has_begun, self._forward_pass.is_complete = latest
+            self._forward_pass.restore(latest)
             for module in training:
                 module.training = True
             for record, calls in zip(self._records, recorded, strict=True):
@@ -339,11 +349,10 @@ class DREG:
             self._tangent_pass = tangent_pass
 
     def _report(self) -> Table[LayerReport]:
-        self._check_pass()
         rows = []
-        for layer, record in zip(self.layers, self._records, strict=True):
-            if record.calls:
-                norms = torch.cat([jac_sq.detach().flatten() for jac_sq, _ in record.calls]).sqrt()
+        for layer, record, calls in zip(self.layers, self._records, self._recorded(), strict=True):
+            if calls:
+                norms = torch.cat([jac_sq.detach().flatten() for jac_sq, _ in calls]).sqrt()
                 mean = norms.mean(dtype=torch.float64).item()
                 rows.append(
                     LayerReport(layer.name, mean, percentile(norms, 99.0), tail_ratio(norms), record.nonlinearity)
