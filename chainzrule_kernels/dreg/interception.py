@@ -40,6 +40,7 @@ from chainzrule_kernels.nn.jacobian_record import (
     Source,
     set_source,
     source_of,
+    versions_counted,
 )
 from chainzrule_kernels.ops._convolution import geometry, squared_taps
 
@@ -132,7 +133,8 @@ class MarkingLinear(Interception):
         # A parametrised weight is computed at each access, and spectral norm moves on each time.
         computed = parametrize.is_parametrized(self.module, "weight")
         with parametrize.cached() if computed and self.with_norms else contextlib.nullcontext():
-            y = self.original(*args, **kwargs)
+            with versions_counted():
+                y = self.original(*args, **kwargs)
             if not _distributed.is_plain(y):
                 self._check_hook()
                 return y
@@ -180,7 +182,8 @@ class Handing(Interception):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, marked as its input was."""
-        y = self.original(*args, **kwargs)
+        with versions_counted():
+            y = self.original(*args, **kwargs)
         hand_on(_first(args, kwargs), y, self.keeps_norms)
         return y
 
@@ -252,7 +255,8 @@ class _FunctionMode(TorchFunctionMode):
         elif func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         elif func in TRANSPARENT_FUNCTIONS or func in OTHER_NORM_FUNCTIONS:
-            y = func(*args, **kwargs)
+            with versions_counted():
+                y = func(*args, **kwargs)
             hand_on(_first(args, kwargs), y, func in TRANSPARENT_FUNCTIONS)
             return y
         return func(*args, **kwargs)
@@ -296,14 +300,16 @@ def _batch_norm(
     source = source_of(input)
     if source is None or source.row_sq is None or input.numel() <= input.shape[1]:
         # One value for each channel is an error, and PyTorch's own function says so.
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        with versions_counted():
+            y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         hand_on(input, y, keeps_norms=True)
         return y
     _check_channels(input, source)
     # The same call that F.batch_norm makes. It returns 1/sigma of the batch, too.
-    y, _, inverse_sigma, _, _ = torch._batch_norm_impl_index(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
-    )
+    with versions_counted():
+        y, _, inverse_sigma, _, _ = torch._batch_norm_impl_index(
+            input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
+        )
     if torch.compiler.is_compiling():
         # Dynamo lets no attribute be set on one of several results.
         y = y.view_as(y)

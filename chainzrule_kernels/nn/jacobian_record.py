@@ -14,10 +14,12 @@ trace reads no state of an earlier pass and has nothing to guard on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -236,8 +238,21 @@ def forget_source(value: Tensor) -> None:
     value._jacobian_source = None  # type: ignore[attr-defined]
 
 
+def versions_counted() -> contextlib.AbstractContextManager[Any]:
+    """Inside inference mode, have operations give normal tensors, which count versions, and still no gradients."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return _normal_tensors()
+
+
+@contextlib.contextmanager
+def _normal_tensors() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def _version_of(value: Tensor) -> int:
-    # An inference tensor counts no versions. Nor does a trace need to: Dynamo would make a constant of it.
+    # A trace need not count: Dynamo would make a constant of it. What the model was given may be an inference tensor.
     if torch.compiler.is_compiling() or value.is_inference():
         return 0
     return value._version
