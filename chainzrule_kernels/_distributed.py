@@ -98,16 +98,15 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 @_disable_dynamo
-def bring_weights_back(jac_sq: Tensor, containing: Iterable[nn.Module]) -> None:
-    """Have FSDP2 gather the weights of the modules that contain a layer when the gradient of its norms arrives.
+def bring_weights_back(jac_sq: Tensor, sharded: Iterable[nn.Module]) -> None:
+    """Have FSDP2 gather the weights of modules that contain a layer when the gradient of its norms arrives.
 
     By itself it does so when that of the modules' outputs arrives, and takes the gradients of the weights then. To that
     of the penalty alone the last outputs contribute nothing.
     """
     if jac_sq.requires_grad:
-        for module in containing:
-            if is_sharded(module):
-                jac_sq.register_hook(module._get_fsdp_state()._pre_backward)  # type: ignore[operator]
+        for module in sharded:
+            jac_sq.register_hook(module._get_fsdp_state()._pre_backward)  # type: ignore[operator]
 
 
 def refuse_sharded(linear: nn.Module) -> None:

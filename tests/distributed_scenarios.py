@@ -7,6 +7,7 @@ and gradients with those of one process that has everything.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -288,6 +289,18 @@ def tensor_parallel_under_compile() -> None:
 
 
 @scenario
+def penalty_in_a_compiled_step() -> None:
+    model = split(plain_net())
+    reg = ck.DREG(model, STRENGTH)
+    x, target = batch()
+
+    def step(x: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), target) + reg.penalty()
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
+
+
+@scenario
 def tensor_parallel_reports_the_whole_layer() -> None:
     alone, model = plain_net(), split(plain_net())
     rows = [ck.DREG(net).report(batch()[0]) for net in (alone, model)]
@@ -345,6 +358,8 @@ def main(path: str) -> None:
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(results))
     dist.destroy_process_group()
+    # Without the end of the interpreter, in which a thread of gloo that still lets go of tensors would be an abort.
+    os._exit(0)
 
 
 if __name__ == "__main__":

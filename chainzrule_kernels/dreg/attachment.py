@@ -130,8 +130,10 @@ class Attachment:
         """See that the weights of FSDP2 are there when a backward pass comes to the norms of each layer."""
         if _distributed.may_shard():
             for calls, containing in zip(recorded, self._containing, strict=True):
-                for jac_sq, _ in calls:
-                    _distributed.bring_weights_back(jac_sq, containing)
+                sharded = [module for module in containing if _distributed.is_sharded(module)]
+                if sharded:  # torch.compile cannot go on behind this
+                    for jac_sq, _ in calls:
+                        _distributed.bring_weights_back(jac_sq, sharded)
 
     def remove(self) -> None:
         """Take everything off. Calling it again does nothing."""

@@ -76,6 +76,7 @@ class DREG:
     neither a new batch size nor a step of the schedule recompiles. With activation checkpointing use
     ``use_reentrant=False``, since a reentrant checkpoint is refused in the backward pass; checkpoints inside a compiled
     model need ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
+    A pass belongs to the thread that runs it: what another thread asks for meanwhile is refused.
     ``copy.deepcopy((model, reg))`` copies both; a copy of the model alone carries a regulariser of its own, which
     ``DREG.detach(copy)`` takes off. Under ``torch.vmap`` nothing is recorded, and the latest pass stays what it was. A
     replica of :class:`torch.nn.DataParallel` is refused. The norms of the latest pass are kept until the next one;
@@ -217,7 +218,8 @@ class DREG:
             TypeError, ValueError: when ``mask`` is not a bool tensor, or of another shape than a layer's norms.
             RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
                 attached; when the latest pass has not reached its end, because of an exception or because it is still
-                running; under ``torch.vmap``, where nothing is recorded.
+                running; when another thread is in a pass, or has run the model since this one did; under
+                ``torch.vmap``, where nothing is recorded.
         """
         if not torch.compiler.is_compiling() and is_under_vmap():
             raise RuntimeError(_UNDER_VMAP)
@@ -301,7 +303,7 @@ class DREG:
         The tensors are part of the graph, as the penalty is. A layer that did not run has an empty list.
 
         Raises:
-            RuntimeError: when the latest pass has not reached its end.
+            RuntimeError: when the latest pass has not reached its end, or is not that of this thread.
         """
         return {
             layer.name: [jac_sq for jac_sq, _ in calls]
@@ -322,7 +324,7 @@ class DREG:
 
         Raises:
             RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
-                attached, or when the latest pass has not reached its end.
+                attached, when the latest pass has not reached its end, or when it is not that of this thread.
         """
         if not inputs and not keywords:
             return self._report()
