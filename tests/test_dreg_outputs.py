@@ -166,6 +166,27 @@ def test_what_a_forward_overwrites_behind_a_view_is_no_layer_in_that_pass(contex
     assert norms[0].shape == (4,)
 
 
+def test_dropout_in_place_works_on_inference_tensors_too():
+    class Dropping(nn.Module):
+        """One dropout behind a linear layer and on an inference tensor, as Monte Carlo dropout runs it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.dropout = nn.Linear(3, 3), nn.Dropout(0.5, inplace=True)
+
+        def forward(self, x):
+            return self.dropout(x + torch.tanh(self.dropout(self.linear(x))))
+
+    model = Dropping()
+    plain, x = copy.deepcopy(model), torch.randn(4, 3)
+    ck.DREG(model)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        y = model(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(y, plain(x))
+
+
 def test_an_activation_in_place_that_nobody_else_sees_needs_no_copy():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.SiLU(True))
     assert [(layer.in_place, layer.overwrites_unseen) for layer in discover(model).layers] == [(True, True)] * 2

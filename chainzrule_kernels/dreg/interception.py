@@ -40,7 +40,7 @@ from chainzrule_kernels.nn.jacobian_record import (
     Source,
     set_source,
     source_of,
-    versions_counted,
+    with_versions,
 )
 from chainzrule_kernels.ops._convolution import geometry, squared_taps
 
@@ -133,8 +133,7 @@ class MarkingLinear(Interception):
         # A parametrised weight is computed at each access, and spectral norm moves on each time.
         computed = parametrize.is_parametrized(self.module, "weight")
         with parametrize.cached() if computed and self.with_norms else contextlib.nullcontext():
-            with versions_counted():
-                y = self.original(*args, **kwargs)
+            y = with_versions(self.original, *args, **kwargs)
             if not _distributed.is_plain(y):
                 self._check_hook()
                 return y
@@ -182,10 +181,7 @@ class Handing(Interception):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, marked as its input was."""
-        with versions_counted():
-            y = self.original(*args, **kwargs)
-        hand_on(_first(args, kwargs), y, self.keeps_norms)
-        return y
+        return call_and_hand_on(self.original, args, kwargs, self.keeps_norms)
 
 
 class RecordingActivation(Interception):
@@ -255,10 +251,7 @@ class _FunctionMode(TorchFunctionMode):
         elif func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         elif func in TRANSPARENT_FUNCTIONS or func in OTHER_NORM_FUNCTIONS:
-            with versions_counted():
-                y = func(*args, **kwargs)
-            hand_on(_first(args, kwargs), y, func in TRANSPARENT_FUNCTIONS)
-            return y
+            return call_and_hand_on(func, args, kwargs, func in TRANSPARENT_FUNCTIONS)
         return func(*args, **kwargs)
 
 
@@ -283,6 +276,15 @@ def hand_on(x: Any, y: Any, keeps_norms: bool) -> None:
         set_source(y, source.linear, source.row_sq if keeps_norms else None, source.spatial)
 
 
+def call_and_hand_on(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keeps_norms: bool) -> Any:
+    """``function(*args, **kwargs)``, marked as the first argument is."""
+    x = _first(args, kwargs)
+    # What carries no mark may be an inference tensor, into which nothing can write outside of inference mode.
+    y = function(*args, **kwargs) if source_of(x) is None else with_versions(function, *args, **kwargs)
+    hand_on(x, y, keeps_norms)
+    return y
+
+
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -300,16 +302,12 @@ def _batch_norm(
     source = source_of(input)
     if source is None or source.row_sq is None or input.numel() <= input.shape[1]:
         # One value for each channel is an error, and PyTorch's own function says so.
-        with versions_counted():
-            y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        hand_on(input, y, keeps_norms=True)
-        return y
+        own_arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return call_and_hand_on(F.batch_norm, own_arguments, {}, keeps_norms=True)
     _check_channels(input, source)
     # The same call that F.batch_norm makes. It returns 1/sigma of the batch, too.
-    with versions_counted():
-        y, _, inverse_sigma, _, _ = torch._batch_norm_impl_index(
-            input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
-        )
+    arguments = (input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled)
+    y, _, inverse_sigma, _, _ = with_versions(torch._batch_norm_impl_index, *arguments)
     if torch.compiler.is_compiling():
         # Dynamo lets no attribute be set on one of several results.
         y = y.view_as(y)

@@ -14,14 +14,13 @@ trace reads no state of an earlier pass and has nothing to guard on.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +39,9 @@ from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial
 
 if TYPE_CHECKING:
     from chainzrule_kernels.dreg.regulariser import DREG
+
+
+Result = TypeVar("Result")
 
 
 class _OwnPasses(threading.local):
@@ -238,17 +240,12 @@ def forget_source(value: Tensor) -> None:
     value._jacobian_source = None  # type: ignore[attr-defined]
 
 
-def versions_counted() -> contextlib.AbstractContextManager[Any]:
-    """Inside inference mode, have operations give normal tensors, which count versions, and still no gradients."""
+def with_versions(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """``function(*args, **kwargs)``; in inference mode as normal tensors, which count versions, without gradients."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return contextlib.nullcontext()
-    return _normal_tensors()
-
-
-@contextlib.contextmanager
-def _normal_tensors() -> Iterator[None]:
+        return function(*args, **kwargs)
     with torch.inference_mode(False), torch.no_grad():
-        yield
+        return function(*args, **kwargs)
 
 
 def _version_of(value: Tensor) -> int:
