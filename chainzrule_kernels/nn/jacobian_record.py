@@ -52,7 +52,7 @@ class _OwnPasses(threading.local):
 
 
 _own_passes = _OwnPasses()
-# So that of two threads that begin at once one is refused. It is held for less than a microsecond.
+# So that of two threads that begin at once one is refused.
 _beginning = threading.Lock()
 
 
