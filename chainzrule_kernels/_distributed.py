@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from chainzrule_kernels.ops._linear import squared_row_norms
+from chainzrule_kernels.ops.squared_weights.definition import squared_row_norms
 
 __all__ = [
     "bring_weights_back",

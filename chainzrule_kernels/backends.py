@@ -70,6 +70,11 @@ def choose(op: str, z: Tensor, *rest: Any) -> str:
     return requested
 
 
+def wants_plain_pytorch() -> bool:
+    """Whether the reference was asked for."""
+    return _requested.name == "reference"
+
+
 def _automatic(op: str, z: Tensor, *rest: Any) -> str:
     if z.device.type == "cpu":
         return "cpu" if _native_cpu_missing() is None else "reference"

@@ -32,10 +32,10 @@ from chainzrule_kernels.nn.jacobian_record import (
     LearnablePolynomial,
     active_record,
 )
-from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.linear_activation_dreg.op import linear_activation_dreg
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import linear_polynomial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
+from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
 
 __all__ = ["AbsorbedActivation", "SwapRow", "SwappedLinear", "swap", "unswap"]
 

@@ -32,7 +32,6 @@ from chainzrule_kernels.dreg.recognition import (
     describe_call,
     is_transformers_conv1d,
 )
-from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.nn.jacobian_record import (
     ActivationRecords,
     FixedActivation,
@@ -42,7 +41,8 @@ from chainzrule_kernels.nn.jacobian_record import (
     source_of,
     with_versions,
 )
-from chainzrule_kernels.ops._convolution import geometry, squared_taps
+from chainzrule_kernels.ops._convolution import geometry
+from chainzrule_kernels.ops.squared_weights.op import squared_row_norms, squared_taps
 
 
 class Interception(abc.ABC):
@@ -164,12 +164,11 @@ class MarkingLinear(Interception):
     def _row_sq(self, x: Tensor, y: Tensor) -> Tensor:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        weight = weight.to(compute_dtype(y))
         if isinstance(self.module, CONVOLUTIONS):
             convolution = self.module
             where = geometry(weight.shape[2:], convolution.stride, convolution.padding, convolution.dilation)
             return squared_taps(weight, x, where)
-        return weight.square().sum(0 if is_transformers_conv1d(self.module) else 1)
+        return squared_row_norms(weight.t() if is_transformers_conv1d(self.module) else weight, y)
 
 
 class Handing(Interception):

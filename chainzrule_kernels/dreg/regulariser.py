@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -226,35 +226,36 @@ class DREG:
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: expected a bool tensor, got {got}")
-        terms: list[Tensor] = []
+        groups: list[_Norms] = []
+        count = 0
         for layer, weight, calls in zip(self.layers, self._weights, self._recorded(), strict=True):
             for jac_sq, units in calls:
-                term = self._over_batch(layer.name, jac_sq, mask)
-                if weight != 1.0:
-                    term = term * weight
-                terms.append(term / max(units, 1) if self.reduction.units == "mean" else term)
-        if not terms:
+                _check_mask(mask, layer.name, jac_sq)
+                factor = weight / max(units, 1) if self.reduction.units == "mean" else weight
+                _norms_like(groups, jac_sq, factor).values.append(jac_sq)
+                count += 1
+        if not groups:
             raise self._nothing_recorded()
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term.to(total.device)
+        total = self._over_batch(groups[0], mask)
+        for group in groups[1:]:
+            total = total + self._over_batch(group, mask).to(total.device)
         if self.reduction.layers == "mean":
-            total = total / len(terms)
+            total = total / count
         return total * self._strength.to(total)
 
-    def _over_batch(self, name: str, jac_sq: Tensor, mask: Tensor | None) -> Tensor:
+    def _over_batch(self, norms: _Norms, mask: Tensor | None) -> Tensor:
         """The sum or mean over the samples. In a fixed order, so that it does not depend on the number of threads."""
-        if mask is None:
-            total = sum_of_all(jac_sq)
-            return total / max(jac_sq.numel(), 1) if self.reduction.batch == "mean" else total
-        if mask.shape != jac_sq.shape:
-            raise ValueError(
-                f"mask: expected the shape {tuple(jac_sq.shape)} of layer {name!r}'s norms, got {tuple(mask.shape)}"
-            )
-        mask = mask.to(jac_sq.device)
-        # Where, and not a product: what padding computes may be infinite.
-        total = sum_of_all(torch.where(mask, jac_sq, 0.0))
-        return total / mask.sum().clamp(min=1) if self.reduction.batch == "mean" else total
+        values = norms.values[0] if len(norms.values) == 1 else torch.stack(norms.values)
+        positions: Tensor | int = max(norms.values[0].numel(), 1)
+        if mask is not None:
+            mask = mask.to(values.device)
+            # Where, and not a product: what padding computes may be infinite.
+            values = torch.where(mask, values, 0.0)
+            positions = mask.sum().clamp(min=1)
+        total = sum_of_all(values)
+        if self.reduction.batch == "mean":
+            total = total / positions
+        return total if norms.factor == 1.0 else total * norms.factor
 
     # ---- the schedule -----------------------------------------------------------------------------------------------
 
@@ -437,6 +438,39 @@ _NOT_COMPILED = (
     "cannot trace. Leave the regularised model uncompiled, or take variant='layer'"
 )
 _UNDER_VMAP = "DREG: penalty() was called under torch.vmap, where nothing is recorded. Call it outside"
+
+
+class _Norms(NamedTuple):
+    """Norms that one sum adds up, of as many samples each: a call of PyTorch takes longer than a small layer's sum.
+
+    Attributes:
+        values: of each run of a layer, alike in shape, dtype and device.
+        factor: on their sum.
+    """
+
+    values: list[Tensor]
+    factor: float
+
+
+def _norms_like(groups: list[_Norms], jac_sq: Tensor, factor: float) -> _Norms:
+    """The group to which ``jac_sq`` belongs, perhaps a new one."""
+    for group in groups:
+        first = group.values[0]
+        if group.factor == factor and (first.shape, first.dtype, first.device) == (
+            jac_sq.shape,
+            jac_sq.dtype,
+            jac_sq.device,
+        ):
+            return group
+    groups.append(_Norms([], factor))
+    return groups[-1]
+
+
+def _check_mask(mask: Tensor | None, name: str, jac_sq: Tensor) -> None:
+    if mask is not None and mask.shape != jac_sq.shape:
+        raise ValueError(
+            f"mask: expected the shape {tuple(jac_sq.shape)} of layer {name!r}'s norms, got {tuple(mask.shape)}"
+        )
 
 
 def _check_arguments(

@@ -30,16 +30,15 @@ from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.functions.activations import Activation
 from chainzrule_kernels.functions.base import ScalarFunction
 from chainzrule_kernels.functions.polynomial import polynomial_of
-from chainzrule_kernels.ops._linear import squared_row_norms
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
 from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
+from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
 
 if TYPE_CHECKING:
     from chainzrule_kernels.dreg.regulariser import DREG
-
 
 Result = TypeVar("Result")
 

@@ -26,12 +26,13 @@ from chainzrule_kernels.nn.jacobian_record import (
 )
 from chainzrule_kernels.nn.polynomial import check_noise, reset_coefficients
 from chainzrule_kernels.nn.scalar_parameters import ScalarParameters
-from chainzrule_kernels.ops._convolution import geometry, squared_taps
+from chainzrule_kernels.ops._convolution import geometry
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_conv1d.op import polynomial_conv1d
 from chainzrule_kernels.ops.polynomial_conv1d_dreg.op import polynomial_conv1d_dreg
 from chainzrule_kernels.ops.polynomial_conv2d.op import polynomial_conv2d
 from chainzrule_kernels.ops.polynomial_conv2d_dreg.op import polynomial_conv2d_dreg
+from chainzrule_kernels.ops.squared_weights.op import squared_taps
 
 Numbers = int | tuple[int, ...]
 Self = TypeVar("Self", bound="PolynomialConvolution")

@@ -1,12 +1,10 @@
-"""The convolution in front of a polynomial: its arguments, and the squared weights that meet the image (SPEC 2.4)."""
+"""The convolution in front of a polynomial: what its arguments mean (SPEC 2.4)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chainzrule_kernels._remembered import remembered
-from chainzrule_kernels.functions import compute_dtype
 
 Numbers = int | Sequence[int]
 Padding = str | int | Sequence[int] | Sequence[tuple[int, int]]
@@ -101,80 +98,6 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *where: Any) -> Te
     stride, padding, dilation, groups = where
     none = [0] * len(stride)
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, none, groups)
-
-
-def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
-    r"""For each element of the convolution's result the sum of ``W²`` over the taps that fall inside the image.
-
-    ``g_{o,p,q} = Σ_{i,j} a_{p,i} b_{q,j} Σ_c W_{o,c,i,j}²`` with ``a_{p,i} = 1`` where tap ``i`` of window ``p`` falls
-    inside the image and 0 where it falls on the padding, and ``b`` likewise for the other dimension.
-
-    Args:
-        weight: ``(K, C / groups, *window)``.
-        x: ``(B, C, *spatial)`` or ``(C, *spatial)``, of which only shape, dtype and device count.
-        where: the windows.
-
-    Returns:
-        ``(K, *out)``, or ``(K,)`` where there is no padding: every tap is then inside. In the dtype in which an op on
-        ``x`` computes; differentiable in ``weight``.
-    """
-    weight = weight.to(compute_dtype(x))
-    if not where.padded:
-        return weight.square().flatten(1).sum(1)
-    sums = weight.square().sum(1)
-    window = weight.shape[2:]
-    size = x.shape[x.dim() - len(window) :]
-    with without_autocast(x.device):
-        if _may_be_kept(x.device) and math.prod(window) * math.prod(where.out_size(size, window)) <= _LARGEST_KEPT:
-            kept = _inside_in_every_dimension(tuple(size), tuple(window), where, sums.dtype)
-            return (sums.flatten(1) @ kept).unflatten(1, where.out_size(size, window))
-        for dimension in range(len(window)):
-            inside = _inside(size[dimension], window[dimension], where, dimension, x.device)
-            # The first dimension behind K is the one whose taps are summed; its windows go to the end.
-            sums = sums.movedim(1, -1) @ inside.to(sums.dtype)
-    return sums
-
-
-def _inside(size: int, taps: int, where: Geometry, dimension: int, device: torch.device) -> Tensor:
-    """``(taps, windows)``: whether each tap of each window falls inside the image, in one dimension."""
-    low, high = where.padding[dimension]
-    stride, dilation = where.stride[dimension], where.dilation[dimension]
-    windows = out_size(size, taps, stride, low + high, dilation)
-    begin = torch.arange(windows, device=device) * stride - low
-    place = begin + torch.arange(taps, device=device)[:, None] * dilation
-    return (place >= 0) & (place < size)
-
-
-_LARGEST_KEPT = 2**18
-"""How many numbers :func:`_inside_in_every_dimension` may have. The product with them costs as much as the convolution
-of one image with one channel."""
-
-
-@lru_cache(maxsize=32)
-def _inside_in_every_dimension(
-    size: tuple[int, ...], window: tuple[int, ...], where: Geometry, dtype: torch.dtype
-) -> Tensor:
-    """``(taps of the window, elements of a result's channel)``: 1 where the tap falls inside the image, otherwise 0."""
-    # Whoever calls first may be in inference mode, and who comes next may not.
-    with torch.inference_mode(False):
-        inside = torch.ones(1, 1, dtype=dtype)
-        for dimension, (length, taps) in enumerate(zip(size, window, strict=True)):
-            of_dimension = _inside(length, taps, where, dimension, inside.device)
-            inside = torch.kron(inside, of_dimension.to(dtype))
-        return inside
-
-
-def _may_be_kept(device: torch.device) -> bool:
-    """Whether a tensor made now may serve later calls: not one that a trace or a transform of PyTorch wraps.
-
-    Nor one on a GPU, whose memory may belong to a CUDA graph.
-    """
-    return (
-        device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from chainzrule_kernels.functions import Polynomial, compute_dtype
 from chainzrule_kernels.ops._convolution import (
+    Geometry,
     Numbers,
     Padding,
     convolved,
     dtype_of_convolution,
     geometry,
     in_dtype,
-    squared_taps,
     with_uneven_padding,
     without_autocast,
 )
 from chainzrule_kernels.ops._spatial_definition import spatial_dreg
+from chainzrule_kernels.ops.squared_weights.definition import squared_taps
 
 OperatorArguments = tuple[Any, ...]
+SquaredTaps = Callable[[Tensor, Tensor, Geometry], Tensor]
 
 
 def operator_arguments(
@@ -33,11 +36,12 @@ def operator_arguments(
     dilation: Numbers,
     groups: int,
     with_norm: bool,
+    squares: SquaredTaps,
 ) -> OperatorArguments:
     """The arguments of a public convolution op as ``polynomial_convolution`` takes them, but for ``keep_s``.
 
     ``x`` with a batch dimension and with the padding that differs between two sides; weight and bias in the dtype of
-    the convolution; the squared taps of the weight as it was given, not of a rounded copy.
+    the convolution; the squared taps of the weight as it was given, not of a rounded copy, by ``squares``.
     """
     dtype = dtype_of_convolution(x)
     where = geometry(weight.shape[2:], stride, padding, dilation)
@@ -47,7 +51,7 @@ def operator_arguments(
     tap_sq = None
     if with_norm:
         with without_autocast(x.device):
-            tap_sq = squared_taps(weight, x, where)
+            tap_sq = squares(weight, x, where)
     return (
         with_uneven_padding(x, where),
         in_dtype(weight, dtype),
@@ -95,7 +99,7 @@ def polynomial_conv(
     with_norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """The definition of the four public ops; without the norm ``jac_sq`` is empty."""
-    arguments = operator_arguments(x, weight, bias, coeffs, stride, padding, dilation, groups, with_norm)
+    arguments = operator_arguments(x, weight, bias, coeffs, stride, padding, dilation, groups, with_norm, squared_taps)
     y, jac_sq, _ = polynomial_convolution(*arguments, False)
     return without_added_batch(x, weight, y, jac_sq)
 

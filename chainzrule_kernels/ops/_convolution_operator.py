@@ -27,6 +27,7 @@ from chainzrule_kernels.ops._convolution_definition import (
 from chainzrule_kernels.ops._feature_maps import channels_innermost
 from chainzrule_kernels.ops._terms import plus
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import operators as spatial_operators
+from chainzrule_kernels.ops.squared_weights.op import squared_taps
 
 
 def convolution(
@@ -46,7 +47,7 @@ def convolution(
     backend = backends.choose(op, *call)
     if backend == "reference":
         return polynomial_conv(*call, with_norm)
-    arguments = operator_arguments(*call, with_norm)
+    arguments = operator_arguments(*call, with_norm, squared_taps)
     if backend == "triton":
         data, weight_in_dtype, bias_in_dtype, _, tap_sq, *where, _ = arguments
         with without_autocast(x.device):

@@ -114,9 +114,48 @@ struct TangentBackward {
   Matrix grad_z_dot;                // contiguous
 };
 
+// Sums of the squares of a weight (K, C, taps): a number for each of the K rows, or for each of their windows.
+struct SquaredTaps {
+  // One spatial dimension of a convolution.
+  struct Dimension {
+    int64_t taps, windows, size, stride, padding, dilation;
+
+    // The windows in which tap t falls inside the image: begin(t), ..., end(t) - 1.
+    int64_t begin(int64_t t) const { return first_at(padding - t * dilation); }
+    int64_t end(int64_t t) const {
+      const int64_t first_outside = first_at(size + padding - t * dilation);
+      return first_outside > begin(t) ? first_outside : begin(t);
+    }
+
+   private:
+    // The first window that starts at `place` or behind it, in an image that starts at `padding`.
+    int64_t first_at(int64_t place) const {
+      const int64_t window = place <= 0 ? 0 : (place + stride - 1) / stride;
+      return window < windows ? window : windows;
+    }
+  };
+  static constexpr int kMaxDimensions = 3;
+
+  DataType type;              // of the weight
+  const void* weight;         // contiguous
+  int64_t columns;            // C * taps
+  int64_t taps;               // of all dimensions; 1 where every tap counts alike
+  int dimensions = 0;         // 0 where every tap counts alike
+  Dimension dimension[kMaxDimensions];
+  const void* grad = nullptr; // compute type, contiguous: of the sums
+  void* result = nullptr;     // the sums in the compute type, or the gradient in the weight's
+
+  int64_t windows() const {
+    int64_t count = 1;
+    for (int d = 0; d < dimensions; ++d) count *= dimension[d].windows;
+    return count;
+  }
+};
+
 // Where a backward task leaves its sums. The gradient of coefficient k goes to coefficients[k] (shared), or to
-// coefficients[k * channels + c] (per channel); that of row_sq to row_sq[c] or, with one for each column, to row_sq[j]. What
-// belongs to the columns of the tile is written; where there are positions, all of coefficients[] and of row_sq[c] is.
+// coefficients[k * channels + c] (per channel); that of row_sq to row_sq[c] or, with one for each column, to row_sq[j], counted
+// from the first column of the tile. What belongs to the columns of the tile is written; where there are positions, all of
+// coefficients[] and of row_sq[c] is.
 struct GradientSums {
   double* coefficients = nullptr;
   double* row_sq = nullptr;
@@ -136,6 +175,11 @@ struct KernelTable {
   void (*tangent_backward)(const TangentBackward&, const Tile&, const GradientSums&);
   // to[j] = sum over the slabs of from[slab * n + j], in order; `to` has the compute type
   void (*sum_slabs)(DataType type, const double* from, int64_t slabs, int64_t n, int64_t begin, int64_t end, void* to);
+  // to[j] = from[j - begin], for one range of columns; `to` has the compute type
+  void (*finish_columns)(DataType type, const double* from, int64_t begin, int64_t end, void* to);
+  // Of the rows `begin` to `end` of the weight.
+  void (*squared_taps)(const SquaredTaps&, int64_t begin, int64_t end);
+  void (*squared_taps_backward)(const SquaredTaps&, int64_t begin, int64_t end);
 };
 
 const KernelTable& kernels_baseline();

@@ -635,8 +635,10 @@ class ParameterSums {
     std::fill_n(recent_row_sq_.get(), count, E(0));
     if (row_sq_per_channel_ && order.positions > 1) {
       std::fill_n(sums_.row_sq, channels, 0.0);
-    } else {
+    } else if (row_sq_per_channel_) {
       std::fill_n(sums_.row_sq + columns.begin(), columns.width(), 0.0);
+    } else {
+      std::fill_n(sums_.row_sq, columns.width(), 0.0);
     }
   }
 
@@ -731,7 +733,7 @@ class ParameterSums {
   void flush_columns() {
     recent_rows_ = 0;
     if (sums_.row_sq && !row_sq_per_channel_) {
-      add_to(sums_.row_sq + columns_.begin(), recent_row_sq_.get(), columns_.width(), nullptr);
+      add_to(sums_.row_sq, recent_row_sq_.get(), columns_.width(), nullptr);
     }
   }
 
@@ -906,7 +908,21 @@ inline void sum_slabs(DataType type, const double* from, int64_t slabs, int64_t 
   sum_slabs_into(from, slabs, n, begin, end, static_cast<float*>(to));
 }
 
-constexpr KernelTable kTable{CHAINZRULE_INSTRUCTION_SET, dreg_forward,     dreg_backward,
-                             tangent_forward,            tangent_backward, sum_slabs};
+inline void finish_columns(DataType type, const double* from, int64_t begin, int64_t end, void* to) {
+  if (type == DataType::float64) {
+    std::copy_n(from, end - begin, static_cast<double*>(to) + begin);
+  } else {
+    for (int64_t j = begin; j < end; ++j) static_cast<float*>(to)[j] = static_cast<float>(from[j - begin]);
+  }
+}
+
+}  // namespace chainzrule::CHAINZRULE_TARGET
+
+#include "cpu/squared_taps.inl"
+
+namespace chainzrule::CHAINZRULE_TARGET {
+
+constexpr KernelTable kTable{CHAINZRULE_INSTRUCTION_SET, dreg_forward, dreg_backward, tangent_forward,
+                             tangent_backward, sum_slabs, finish_columns, squared_taps, squared_taps_backward};
 
 }  // namespace chainzrule::CHAINZRULE_TARGET

@@ -3,6 +3,7 @@
 // How the work is cut depends on the shapes only, never on the number of threads, and partial sums are added in a fixed order:
 // the same input gives the same bits on one machine.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -41,6 +42,9 @@ constexpr int64_t kMaxSlabs = 64;
 // Columns and rows of a tile of images, which have long rows: what is the same for every image then stays in the cache.
 constexpr int64_t kColumnsPerImageTile = 8192;
 constexpr int64_t kImagesPerTile = 8;
+// A backward that keeps a sum for each column of an image has narrower tiles, of all images where there are tiles enough.
+constexpr int64_t kColumnsPerSummedTile = 2048;
+constexpr int64_t kTilesEnough = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -75,7 +79,24 @@ int64_t rows_of(const Tensor& tensor) {
   return rows;
 }
 
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+// An empty contiguous tensor. torch::stable::new_empty would look its operator up by name and box its arguments, which takes
+// several times as long; these are the kernels of the CPU and have nothing to dispatch.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, sizes[i]);
+  }
+  AtenTensorHandle result = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                           torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                           aoti_torch_device_type_cpu(), 0, &result) == 0,
+                  "chainzrule_kernels: no memory for a result");
+  return Tensor(result);
+}
+
+Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
 
 // Asks for huge pages under a large fresh tensor. The allocator maps such a block anew for each tensor, and taking it page by
 // page costs several times as much as filling it. The advice ends with the mapping.
@@ -96,13 +117,13 @@ void prefer_huge_pages(const Tensor& fresh) {
 }
 
 Tensor empty_like_contiguous(const Tensor& like) {
-  Tensor result = torch::stable::new_empty(like, sizes_of(like));
+  Tensor result = empty(sizes_of(like), like.scalar_type());
   prefer_huge_pages(result);
   return result;
 }
 
 Tensor empty_for_results(const Tensor& like, std::vector<int64_t> sizes) {
-  Tensor result = torch::stable::new_empty(like, sizes);
+  Tensor result = empty(sizes, like.scalar_type());
   prefer_huge_pages(result);
   return result;
 }
@@ -234,8 +255,8 @@ class Function {
 // ---- the forward: tiles of whole rows, or parts of rows where there are few -----------------------------------------
 
 // Whole positions where the channels are innermost, so that the parameters of a tile start with the first channel.
-int64_t columns_per_image_tile(const ChannelOrder& order) {
-  const int64_t columns = std::min(kColumnsPerImageTile, std::max<int64_t>(1, order.columns()));
+int64_t columns_per_image_tile(const ChannelOrder& order, int64_t at_most = kColumnsPerImageTile) {
+  const int64_t columns = std::min(at_most, std::max<int64_t>(1, order.columns()));
   if (order.outermost || order.channels == 0) return columns;
   return std::max<int64_t>(1, columns / order.channels) * order.channels;
 }
@@ -330,7 +351,7 @@ std::tuple<Tensor, Tensor, Tensor> dreg_forward(const Tensor& z, const OptionalT
   const Tensor y = empty_like_contiguous(z);
   auto norm_sizes = sizes_of(z);
   norm_sizes.pop_back();
-  const Tensor norm = torch::stable::new_empty(z, norm_sizes, compute_type_of(z));
+  const Tensor norm = empty(norm_sizes, compute_type_of(z));
   const Tensor derivative = return_derivative ? empty_like_contiguous(z) : nothing(z);
   run_dreg_forward(z, function, row_sq, y, norm, return_derivative ? OptionalTensor(derivative) : std::nullopt);
   return {y, norm, derivative};
@@ -350,10 +371,13 @@ struct BackwardPlan {
     slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
   }
   // A row for each image.
-  BackwardPlan(int64_t rows, const ChannelOrder& order)
-      : rows(rows), columns(order.columns()), split_width(columns_per_image_tile(order)) {
+  BackwardPlan(int64_t rows, const ChannelOrder& order, bool sums_per_column)
+      : rows(rows),
+        columns(order.columns()),
+        split_width(columns_per_image_tile(order, sums_per_column ? kColumnsPerSummedTile : kColumnsPerImageTile)) {
     splits = std::max<int64_t>(1, ceil_div(columns, split_width));
-    rows_per_slab = std::max(kImagesPerTile, ceil_div(rows, kMaxSlabs));
+    const int64_t most_slabs = sums_per_column ? ceil_div(kTilesEnough, splits) : kMaxSlabs;
+    rows_per_slab = std::max(kImagesPerTile, ceil_div(rows, most_slabs));
     slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
   }
 
@@ -379,7 +403,7 @@ class PartialSums {
  public:
   PartialSums(const BackwardPlan& plan, const FunctionSpec& function, const ChannelOrder& order, bool row_sq_per_channel,
               bool wants_coefficients, bool wants_row_sq)
-      : splits_(plan.splits) {
+      : splits_(plan.splits), columns_of_split_(row_sq_per_channel ? 0 : plan.split_width) {
     const int64_t coefficient_count = function.degree + 1;
     const bool positions = order.positions > 1;
     if (wants_coefficients) {
@@ -392,7 +416,8 @@ class PartialSums {
   }
 
   GradientSums of(int64_t slab, int64_t split) const {
-    return {coefficients_.of(slab, split, splits_), row_sq_.of(slab, split, splits_)};
+    double* row_sq = row_sq_.of(slab, split, splits_);
+    return {coefficients_.of(slab, split, splits_), row_sq ? row_sq + split * columns_of_split_ : nullptr};
   }
 
   Tensor coefficient_gradient(const Tensor& coeffs, const Tensor& z) const { return coefficients_.added_up(coeffs, z); }
@@ -419,7 +444,7 @@ class PartialSums {
 
     // The gradient of `parameter`, in its shape and dtype.
     Tensor added_up(const Tensor& parameter, const Tensor& z) const {
-      const Tensor result = torch::stable::new_empty(parameter, sizes_of(parameter), compute_type_of(z));
+      const Tensor result = empty(sizes_of(parameter), compute_type_of(z));
       void* to = result.mutable_data_ptr();
       const KernelTable& table = kernels();
       const DataType type = data_type_of(result);
@@ -433,6 +458,7 @@ class PartialSums {
   };
 
   const int64_t splits_;
+  const int64_t columns_of_split_;  // between the sums of two splits that have one for each column
   Sums coefficients_;
   Sums row_sq_;
 };
@@ -585,7 +611,7 @@ std::tuple<Tensor, Tensor> spatial_forward(const Tensor& z, const OptionalTensor
   check_maps(z, tap_sq);
   const MapLayout layout(z);
   const Tensor y = empty_like_contiguous(layout.in_order_of_memory(z));
-  const Tensor norm = torch::stable::new_empty(z, {z.size(0)}, compute_type_of(z));
+  const Tensor norm = empty({z.size(0)}, compute_type_of(z));
   run_spatial_forward(z, layout, tap_sq, function, y, norm, std::nullopt);
   return {layout.in_order_of_schema(y), norm};
 }
@@ -641,13 +667,28 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const Optio
   a.grad_norm = grad_norm_values.data();
   a.row_sq = {tap_sq_values.data(), per_channel};
   if (needs.z) a.grad_z = image_matrix(grad_z, a.order);
-  const BackwardPlan plan(z.size(0), a.order);
-  const PartialSums sums(plan, a.function, a.order, per_channel, needs.coefficients, needs.companion);
+  const bool sums_per_column = needs.companion && !per_channel;
+  const BackwardPlan plan(z.size(0), a.order, sums_per_column);
+  // A tile with all images completes the sums of its columns, which then need no place outside of it.
+  const bool completes_columns = sums_per_column && plan.slabs == 1;
+  Tensor grad_tap_sq = completes_columns ? empty(sizes_of(*taps), compute_type_of(z)) : nothing(z);
+  const PartialSums sums(plan, a.function, a.order, per_channel, needs.coefficients, needs.companion && !completes_columns);
   const KernelTable& table = kernels();
-  plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) { table.dreg_backward(a, tile, sums.of(slab, split)); });
-  Tensor grad_tap_sq = nothing(z);
+  void* completed = completes_columns ? grad_tap_sq.mutable_data_ptr() : nullptr;
+  plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) {
+    GradientSums wanted = sums.of(slab, split);
+    if (!completes_columns) return table.dreg_backward(a, tile, wanted);
+    const std::unique_ptr<double[]> of_columns(new double[static_cast<size_t>(tile.column_end - tile.column_begin)]);
+    wanted.row_sq = of_columns.get();
+    table.dreg_backward(a, tile, wanted);
+    table.finish_columns(a.type, of_columns.get(), tile.column_begin, tile.column_end, completed);
+  });
   if (needs.companion) {
-    grad_tap_sq = sums.row_sq_gradient(*taps, z);
+    if (!completes_columns) {
+      grad_tap_sq = sums.row_sq_gradient(*taps, z);
+    } else if (tap_sq->scalar_type() != grad_tap_sq.scalar_type()) {
+      grad_tap_sq = torch::stable::to(grad_tap_sq, tap_sq->scalar_type());
+    }
     if (!per_channel) grad_tap_sq = torch::stable::contiguous(layout.in_order_of_schema(grad_tap_sq, 0));
   }
   return {needs.z ? layout.in_order_of_schema(grad_z) : grad_z, grad_tap_sq,
@@ -671,7 +712,7 @@ std::tuple<Tensor, Tensor, Tensor> tangent_forward(const Tensor& z, const Tensor
   const Tensor y_dot = empty_like_contiguous(z_dot);
   auto norm_sizes = sizes_of(z_dot);
   norm_sizes.pop_back();
-  const Tensor norm = torch::stable::new_empty(z, norm_sizes, compute_type_of(z));
+  const Tensor norm = empty(norm_sizes, compute_type_of(z));
   TangentForward a{};
   a.type = data_type_of(z);
   a.columns = z.size(z.dim() - 1);
@@ -736,6 +777,85 @@ std::tuple<Tensor, Tensor, Tensor> tangent_backward(const Tensor& z, const Tenso
     table.tangent_backward(a, tile, sums.of(slab, split));
   });
   return {grad_z, grad_z_dot, needs.coefficients ? sums.coefficient_gradient(*coeffs, z) : nothing(z)};
+}
+
+// ---- the squares of a weight ------------------------------------------------------------------------------------------
+
+using Integers = std::vector<int64_t>;
+
+// The weight of a convolution (K, C, *window) or of a linear map (K, C), the latter and one whose taps all count alike without
+// `size`; `padding` before and behind in turn.
+class WeightRows {
+ public:
+  WeightRows(const Tensor& weight, const Integers& size, const Integers& stride, const Integers& padding,
+             const Integers& dilation)
+      : weight_(torch::stable::contiguous(weight)) {
+    const auto dimensions = static_cast<int64_t>(size.size());
+    STD_TORCH_CHECK(weight.dim() >= 2 && dimensions <= SquaredTaps::kMaxDimensions &&
+                        (dimensions == 0 || dimensions == weight.dim() - 2) && stride.size() == size.size() &&
+                        dilation.size() == size.size() && padding.size() == 2 * size.size(),
+                    "chainzrule_kernels: the weight does not fit the sizes");
+    arguments_.type = data_type_of(weight);
+    arguments_.weight = weight_.const_data_ptr();
+    arguments_.columns = 1;
+    for (int64_t i = 1; i < weight.dim(); ++i) arguments_.columns *= weight.size(i);
+    arguments_.taps = 1;
+    arguments_.dimensions = static_cast<int>(dimensions);
+    for (int64_t d = 0; d < dimensions; ++d) {
+      const auto i = static_cast<size_t>(d);
+      const int64_t taps = weight.size(d + 2);
+      const int64_t reach = dilation[i] * (taps - 1);
+      STD_TORCH_CHECK(stride[i] > 0, "chainzrule_kernels: a stride must be positive");
+      const int64_t windows = (size[i] + padding[2 * i] + padding[2 * i + 1] - reach - 1) / stride[i] + 1;
+      STD_TORCH_CHECK(windows > 0, "chainzrule_kernels: the window does not fit the image");
+      arguments_.dimension[d] = {taps, windows, size[i], stride[i], padding[2 * i], dilation[i]};
+      arguments_.taps *= taps;
+    }
+  }
+
+  SquaredTaps& arguments() { return arguments_; }
+
+  // (K, *windows)
+  std::vector<int64_t> sizes_of_sums() const {
+    std::vector<int64_t> sizes{weight_.size(0)};
+    for (int d = 0; d < arguments_.dimensions; ++d) sizes.push_back(arguments_.dimension[d].windows);
+    return sizes;
+  }
+
+  // Calls run(begin, end) for ranges of rows, in parallel.
+  template <class Run>
+  void execute(const Run& run) const {
+    const int64_t work = std::max<int64_t>(1, arguments_.columns + arguments_.windows());
+    torch::stable::parallel_for(0, weight_.size(0), std::max<int64_t>(1, kGrain / work), run);
+  }
+
+ private:
+  const Tensor weight_;
+  SquaredTaps arguments_{};
+};
+
+Tensor squared_taps(const Tensor& weight, const Integers& size, const Integers& stride, const Integers& padding,
+                    const Integers& dilation) {
+  WeightRows rows(weight, size, stride, padding, dilation);
+  const Tensor result = empty(rows.sizes_of_sums(), compute_type_of(weight));
+  rows.arguments().result = result.mutable_data_ptr();
+  const KernelTable& table = kernels();
+  rows.execute([&](int64_t begin, int64_t end) { table.squared_taps(rows.arguments(), begin, end); });
+  return result;
+}
+
+Tensor squared_taps_backward(const Tensor& weight, const Tensor& grad, const Integers& size, const Integers& stride,
+                             const Integers& padding, const Integers& dilation) {
+  WeightRows rows(weight, size, stride, padding, dilation);
+  STD_TORCH_CHECK(sizes_of(grad) == rows.sizes_of_sums(), "chainzrule_kernels: grad has the wrong shape");
+  const Tensor sums = torch::stable::contiguous(
+      grad.scalar_type() == compute_type_of(weight) ? grad : torch::stable::to(grad, compute_type_of(weight)));
+  const Tensor result = empty(sizes_of(weight), weight.scalar_type());
+  rows.arguments().grad = sums.const_data_ptr();
+  rows.arguments().result = result.mutable_data_ptr();
+  const KernelTable& table = kernels();
+  rows.execute([&](int64_t begin, int64_t end) { table.squared_taps_backward(rows.arguments(), begin, end); });
+  return result;
 }
 
 // ---- the operators, with the signatures of their schemas ----------------------------------------------------------
@@ -844,6 +964,8 @@ STABLE_TORCH_LIBRARY_IMPL(chainzrule_kernels, CPU, library) {
   library.impl("polynomial_spatial_dreg_backward", TORCH_BOX(&chainzrule::polynomial_spatial_dreg_backward));
   library.impl("activation_spatial_dreg", TORCH_BOX(&chainzrule::activation_spatial_dreg));
   library.impl("activation_spatial_dreg_backward", TORCH_BOX(&chainzrule::activation_spatial_dreg_backward));
+  library.impl("squared_taps", TORCH_BOX(&chainzrule::squared_taps));
+  library.impl("squared_taps_backward", TORCH_BOX(&chainzrule::squared_taps_backward));
   library.impl("_empty_for_results", TORCH_BOX(&chainzrule::empty_for_results));
   library.impl("_polynomial_convolution_block", TORCH_BOX(&chainzrule::convolution_block));
   library.impl("polynomial_tangent", TORCH_BOX(&chainzrule::polynomial_tangent));

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
+from chainzrule_kernels.ops._linear import linear_in_dtype_of_x
 from chainzrule_kernels.ops.activation_dreg.definition import activation_dreg
+from chainzrule_kernels.ops.squared_weights.definition import squared_row_norms
 
 
 def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from chainzrule_kernels import _checks, backends
 from chainzrule_kernels.ops import _linear_operator
-from chainzrule_kernels.ops._linear import linear_in_dtype_of_x, squared_row_norms
+from chainzrule_kernels.ops._linear import linear_in_dtype_of_x
 from chainzrule_kernels.ops.activation_dreg.op import operators as dreg_operators
 from chainzrule_kernels.ops.linear_activation_dreg import definition
+from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
 
 
 def linear_activation_dreg(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
