@@ -59,7 +59,7 @@ class Run:
 
     Attributes:
         date: when, in ISO format, or ``"unknown"``; so with all names below.
-        device: the processor or the GPU.
+        device: the processor or the GPU, and that freed memory was kept where it was.
         on_gpu: which of the two.
         threads: how many PyTorch used on the processor.
         machine: all that is known of it.
@@ -105,7 +105,7 @@ def read(results: Mapping[str, Any]) -> Run:
         ) from error
     return Run(
         date=results.get("date", "unknown"),
-        device=machine.get("gpu") or machine.get("processor") or "unknown",
+        device=_device(machine),
         on_gpu=on_gpu,
         threads=machine.get("threads"),
         machine=machine,
@@ -114,6 +114,11 @@ def read(results: Mapping[str, Any]) -> Run:
         promises=promises,
         comparisons=comparisons,
     )
+
+
+def _device(machine: Mapping[str, Any]) -> str:
+    name = str(machine.get("gpu") or machine.get("processor") or "unknown")
+    return f"{name}, freed memory kept" if machine.get("freed_memory") == "kept" else name
 
 
 def rate(comparison: Comparison, provider: str) -> float | None:

@@ -16,6 +16,7 @@ import torch
 
 import chainzrule_kernels as ck
 from bench import measure, reading
+from bench.allocator import freed_memory
 from bench.bounds import BOUNDS, OVERHEAD_CALLS, OVERHEAD_LABEL, Results, keeps
 from bench.measure import Comparison
 from bench.providers import COPIES
@@ -34,6 +35,7 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "threads": torch.get_num_threads(),
         "cpu_module": _cpu_module(),
+        "freed_memory": freed_memory(),
     }
 
 
@@ -98,12 +100,14 @@ def merged(contents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     repetitions: dict[tuple[str, str, str], list[Comparison]] = {}
     errors: dict[str, str] = {}
     quick = False
+    machine_of_runs: Mapping[str, Any] = {}
     for content in contents:
         errors.update(content["errors"])
-        quick = content["quick"]
+        quick, machine_of_runs = content["quick"], content["machine"]
         for one in reading.read(content).comparisons:
             repetitions.setdefault((one.op, one.label, one.stage), []).append(one)
-    return as_json({key: measure.merged(found) for key, found in repetitions.items()}, quick, errors)
+    together = as_json({key: measure.merged(found) for key, found in repetitions.items()}, quick, errors)
+    return {**together, "machine": machine_of_runs}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from bench import (
     measure,
     peers,
     providers,
+    reading,
     record,
     suites,
     workloads,
@@ -176,13 +180,45 @@ def test_a_wrong_answer_of_ours_has_no_figure(
 def test_repeated_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Two threads that wait for each other on a busy machine take minutes.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    status, found = measured(tmp_path, "--suite", "activation_tangent", "--repeat", "2")
+    status, found = measured(tmp_path, "--suite", "activation_tangent", "--repeat", "2", "--keep-memory")
     assert status == 0
+    assert found["machine"]["freed_memory"] == "kept"
+    assert reading.read(found).device.endswith("freed memory kept")
     assert len(found["comparisons"]) == len(providers.STAGES)
     for comparison in found["comparisons"]:
         for timing in comparison["timings"].values():
             assert len(timing["run_medians"]) == 2
             assert min(timing["run_medians"]) <= timing["median"] <= max(timing["run_medians"])
+
+
+FAULTS = """
+import resource
+import torch
+from bench import allocator
+
+def faults_of_ten_large_tensors():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults_of_ten_large_tensors()
+allocator.keep_freed_memory()
+# What is free must first lie together.
+faults_of_ten_large_tensors()
+faults_of_ten_large_tensors()
+print(given_back, faults_of_ten_large_tensors(), allocator.freed_memory())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+def test_kept_memory_is_not_filled_anew() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=suites.FOLDER.parent, capture_output=True, text=True, check=True
+    )
+    given_back, kept, word = finished.stdout.split()
+    assert int(kept) < int(given_back) / 10
+    assert word == "kept"
 
 
 def test_bytes_of_each_stage_are_those_that_must_move() -> None:

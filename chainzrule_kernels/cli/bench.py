@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", type=_positive, default=1, metavar="N", help="the whole N times, each in a process of its own"
     )
     parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="have freed memory stay with the process, which spares all providers alike the system's filling it anew",
+    )
+    parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON, or print them without FILE"
     )
     parser.add_argument(
@@ -69,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         return _compare(*arguments.compare)
 
-    from bench import reading, record, suites
+    from bench import allocator, reading, record, suites
 
     available = suites.available()
     if arguments.list:
@@ -90,6 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not any(_is_on_gpu(name) for name in names):
         print(f"bench: --device cuda: nothing is measured there of {', '.join(names)}", file=sys.stderr)
         return NOT_AVAILABLE
+    if arguments.keep_memory and arguments.repeat == 1:
+        try:
+            allocator.keep_freed_memory()
+        except RuntimeError as error:
+            print(f"bench: --keep-memory: {error}", file=sys.stderr)
+            return NOT_AVAILABLE
     start = time.perf_counter()
     content = _measured(arguments, names)
     content["seconds"] = round(time.perf_counter() - start, 1)
@@ -189,6 +200,7 @@ def _repetitions(arguments: argparse.Namespace, names: list[str]) -> Iterator[di
     """The same run several times, each in a new process: what differs from process to process belongs to the noise."""
     command = [sys.executable, "-m", "chainzrule_kernels", "bench"]
     command += ["--suite", *names] + (["--quick"] if arguments.quick else [])
+    command += ["--keep-memory"] if arguments.keep_memory else []
     with tempfile.TemporaryDirectory() as folder:
         for repetition in range(arguments.repeat):
             path = Path(folder) / f"{repetition}.json"

@@ -19,7 +19,7 @@ def squared_row_norms(weight: Tensor, z: Tensor) -> Tensor:
     """:func:`definition.squared_row_norms`, by a kernel where there is one."""
     if _in_plain_pytorch(weight) or weight.numel() < _WORTH_AN_OPERATOR:
         return definition.squared_row_norms(weight, z)
-    return _operator(_for(weight, z), *_EVERYTHING)  # type: ignore[no-any-return]
+    return _operator(_for(weight, z), *_EVERYTHING)
 
 
 def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
@@ -27,10 +27,10 @@ def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
     if _in_plain_pytorch(weight):
         return definition.squared_taps(weight, x, where)
     if not where.padded:
-        return _operator(_for(weight, x), *_EVERYTHING)  # type: ignore[no-any-return]
+        return _operator(_for(weight, x), *_EVERYTHING)
     padding = [size for pair in where.padding for size in pair]
     size = x.shape[x.dim() - len(where.stride) :]
-    return _operator(_for(weight, x), size, where.stride, padding, where.dilation)  # type: ignore[no-any-return]
+    return _operator(_for(weight, x), size, where.stride, padding, where.dilation)
 
 
 _WORTH_AN_OPERATOR = 2**16
