@@ -110,10 +110,9 @@ def bring_weights_back(jac_sq: Tensor, sharded: Iterable[nn.Module]) -> None:
 
 
 def refuse_sharded(linear: nn.Module) -> None:
-    """Raise for a linear map that FSDP2 shards on its own.
+    """Raise for a linear map, split by tensor parallelism, that FSDP2 shards on its own.
 
-    The backward of its row norms would run before FSDP2 has brought the weight back: only an output that leaves the
-    module makes it do so.
+    The norms are formed in a hook behind the forward, when FSDP2 has taken the weight away again.
     """
     if is_sharded(linear):
         raise RuntimeError(
