@@ -12,13 +12,24 @@ Nothing here imports ``torch.distributed`` before a distributed tensor is seen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from chainzrule_kernels.ops.squared_weights.definition import squared_row_norms
 
-__all__ = ["is_plain", "refuse_sharded", "squared_row_norms_of", "whole"]
+__all__ = [
+    "bring_weights_back",
+    "is_plain",
+    "is_sharded",
+    "may_shard",
+    "refuse_sharded",
+    "squared_row_norms_of",
+    "whole",
+]
 
 
 def is_plain(value: Tensor) -> bool:
@@ -76,13 +87,34 @@ def _split_dimensions(weight: Any, units: int) -> list[int]:
     return [dimension for dimension, placement in enumerate(weight.placements) if placement.is_shard(0)]
 
 
-def refuse_sharded(linear: nn.Module) -> None:
-    """Raise for a linear map that FSDP2 shards on its own.
+def may_shard() -> bool:
+    """Whether FSDP2 can have sharded anything: it needs a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
-    The backward of its row norms would run before FSDP2 has brought the weight back: only an output that leaves the
-    module makes it do so.
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards parameters of the module: an FSDPModule, without importing it."""
+    return hasattr(module, "set_reshard_after_backward")
+
+
+@_disable_dynamo
+def bring_weights_back(jac_sq: Tensor, sharded: Iterable[nn.Module]) -> None:
+    """Have FSDP2 gather the weights of modules that contain a layer when the gradient of its norms arrives.
+
+    By itself it does so when that of the modules' outputs arrives, and takes the gradients of the weights then. To that
+    of the penalty alone the last outputs contribute nothing.
     """
-    if hasattr(linear, "set_reshard_after_backward"):  # an FSDPModule, without importing it
+    if jac_sq.requires_grad:
+        for module in sharded:
+            jac_sq.register_hook(module._get_fsdp_state()._pre_backward)  # type: ignore[operator]
+
+
+def refuse_sharded(linear: nn.Module) -> None:
+    """Raise for a linear map, split by tensor parallelism, that FSDP2 shards on its own.
+
+    The norms are formed in a hook behind the forward, when FSDP2 has taken the weight away again.
+    """
+    if is_sharded(linear):
         raise RuntimeError(
             f"DREG: fully_shard was applied to a {type(linear).__name__.removeprefix('FSDP')} alone, whose weight is "
             "then not there for the activation behind it. Apply it to a module that contains both, or use "

@@ -19,6 +19,7 @@ from torch import Tensor
 # The operators' schemas must stand before a compiled module adds kernels to them.
 import chainzrule_kernels.ops  # noqa: F401
 from chainzrule_kernels._registration import library
+from chainzrule_kernels._tracing import constant_while_running
 from chainzrule_kernels.ops import _convolution_rule as rule
 from chainzrule_kernels.ops._convolution_operator import operator
 
@@ -60,14 +61,14 @@ def built_for(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-@rule.constant_while_running
+@constant_while_running
 def device_properties(device: torch.device) -> tuple[int, int, int]:
     """Compute capability, major and minor, and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor, properties.multi_processor_count
 
 
-@rule.constant_while_running
+@constant_while_running
 def no_kernel_for(device: torch.device) -> str | None:
     """Why there is no compiled kernel for a device; None when there is."""
     if device.type != DEVICE_TYPE:

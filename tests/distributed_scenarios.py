@@ -7,6 +7,7 @@ and gradients with those of one process that has everything.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -162,6 +163,13 @@ def shard_whole(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
+def shard_linears(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            fully_shard(module, reshard_after_forward=True)
+    return fully_shard(model, reshard_after_forward=True)
+
+
 def shard_blocks(model: nn.Module) -> nn.Module:
     for child in model:
         fully_shard(child)
@@ -195,6 +203,27 @@ def fsdp_after_the_regulariser() -> None:
 
 
 @scenario
+def fsdp_of_the_penalty_alone() -> None:
+    """FSDP2 by itself brings weights back for gradients of the modules' outputs, of which the last gets none here."""
+    for distribute in (shard_whole, shard_blocks, shard_linears):
+        for compiled in (False, True):
+            alone, model = plain_net(), plain_net()
+            reg_alone, reg = ck.DREG(alone, STRENGTH), ck.DREG(model, STRENGTH)
+            distribute(model)
+            run = torch.compile(model, backend="aot_eager") if compiled else model
+            for _ in range(2):  # the second backward adds up
+                alone(batch()[0])
+                reg_alone.penalty().backward()
+                run(own_half()[0])
+                reg.penalty().backward()
+            for (name, parameter), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+                if expected.grad is None:
+                    assert parameter.grad is None, name
+                else:
+                    torch.testing.assert_close(whole(parameter.grad), expected.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@scenario
 def fsdp_in_bfloat16() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -217,16 +246,8 @@ def fsdp_in_bfloat16() -> None:
 
 @scenario
 def fsdp_of_a_linear_layer_alone() -> None:
-    def distribute(model: nn.Module) -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                fully_shard(module)
-        return fully_shard(model)
-
-    assert_as_one_process(plain_net, distribute, halves=True, variant="activation")
-    model = distribute(plain_net())
-    ck.DREG(model, variant="layer")
-    assert_refused("fully_shard was applied to a Linear alone", lambda: model(own_half()[0]))
+    for variant in ("layer", "activation"):
+        assert_as_one_process(plain_net, shard_linears, halves=True, variant=variant)
 
 
 # ---- tensor parallelism ----------------------------------------------------------------------------------------------
@@ -268,6 +289,18 @@ def tensor_parallel_under_compile() -> None:
 
 
 @scenario
+def penalty_in_a_compiled_step() -> None:
+    model = split(plain_net())
+    reg = ck.DREG(model, STRENGTH)
+    x, target = batch()
+
+    def step(x: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), target) + reg.penalty()
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
+
+
+@scenario
 def tensor_parallel_reports_the_whole_layer() -> None:
     alone, model = plain_net(), split(plain_net())
     rows = [ck.DREG(net).report(batch()[0]) for net in (alone, model)]
@@ -285,6 +318,11 @@ def tensor_parallel_in_an_order_that_cannot_work() -> None:
     model = split(plain_net(), up=ColwiseParallel(use_local_output=False))
     ck.DREG(model)
     assert_refused("Leave use_local_output=True", lambda: model(batch()[0]))
+    model, mesh = plain_net(), init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model[0], mesh["tensor"], {"up": ColwiseParallel()})
+    fully_shard(model[0].up, mesh=mesh["data"])
+    ck.DREG(model)
+    assert_refused("fully_shard was applied to a Linear alone", lambda: model(batch()[0]))
 
 
 # ---- the monitor -----------------------------------------------------------------------------------------------------
@@ -320,6 +358,8 @@ def main(path: str) -> None:
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(results))
     dist.destroy_process_group()
+    # Without the end of the interpreter, in which a thread of gloo that still lets go of tensors would be an abort.
+    os._exit(0)
 
 
 if __name__ == "__main__":

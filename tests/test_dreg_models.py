@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import chainzrule_kernels as ck
-from chainzrule_kernels.dreg import discover
+from chainzrule_kernels.dreg import discover, interception
 from tests import networks
 from tests.networks import NETWORKS
 
@@ -811,25 +811,83 @@ def test_compile_equals_eager_without_breaks_or_recompiles(name):
             reg.step()
 
 
-@pytest.mark.parametrize("function", [F.tanh, F.sigmoid, torch.relu_], ids=["tanh", "sigmoid", "relu_"])
-def test_a_call_that_dynamo_does_not_show_is_refused(function):
-    class Net(nn.Module):
-        def __init__(self):
+HIDDEN = {
+    "F.tanh": F.tanh,
+    "F.sigmoid": F.sigmoid,
+    "torch.relu_": torch.relu_,
+    "torch.tanh_": torch.tanh_,
+    "torch.sigmoid_": torch.sigmoid_,
+}
+
+
+class Breaking(nn.Module):
+    """Two layers, with breaks of a compiled graph where they are asked for."""
+
+    def __init__(self, function, breaks: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 2)
+        self.function = function
+        self.breaks = breaks
+
+    def forward(self, x):
+        for place in ("in front", "between", "behind"):
+            if place == self.breaks:
+                torch._dynamo.graph_break()
+            if place == "in front":
+                x = self.first(x)
+            elif place == "between":
+                x = self.function(x)
+        return F.gelu(self.second(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks"),
+    [*((name, "never") for name in HIDDEN), *(("F.tanh", breaks) for breaks in ("in front", "between", "behind"))],
+)
+def test_calls_that_dynamo_hides_are_recorded_in_compiled_functions(name, breaks):
+    torch.manual_seed(0)
+    model, x = Breaking(HIDDEN[name], breaks), torch.randn(3, 4)
+    reg = ck.DREG(model)
+    eager = step_function(model, reg)
+    expected = eager(x)
+    assert [len(calls) for calls in reg.jac_sq().values()] == [1, 1]
+    compiled = torch.compile(eager, fullgraph=breaks == "never", backend="eager")
+    loss = compiled(x)
+    assert [len(calls) for calls in reg.jac_sq().values()] == [1, 1]
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip(gradients(model, loss), gradients(model, expected), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_compiled_forward_that_takes_another_way_than_the_trace_showed_is_legal():
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
             super().__init__()
-            self.linear, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
+            self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 2)
+            self.squashes = True
 
         def forward(self, x):
-            return self.last(function(self.linear(x)))
+            x = self.first(x)
+            return F.gelu(self.second(torch.tanh(x) if self.squashes else x))
 
     torch.manual_seed(0)
-    model, x = Net(), torch.randn(3, 4)
+    model, x = Choosing(), torch.randn(3, 4)
     reg = ck.DREG(model)
-    model(x)
-    assert reg.penalty() > 0
-    with pytest.raises(Exception, match=r"in a Net was not seen"):
-        torch.compile(model, fullgraph=True, backend="eager")(x)
-    model(x)
-    assert reg.penalty() > 0
+    assert [row.name for row in reg.layers] == ["tanh behind first", "gelu behind second"]
+    model.squashes = False
+    eager = step_function(model, reg)
+    expected = eager(x)
+    torch.testing.assert_close(torch.compile(eager, fullgraph=True, backend="eager")(x), expected)
+    assert [len(calls) for calls in reg.jac_sq().values()] == [0, 1]
+
+
+def test_a_torch_that_does_not_say_what_it_hides_is_warned_of(monkeypatch):
+    monkeypatch.setattr(interception, "_hidden_calls_are_shown", False)
+    monkeypatch.delattr(torch._dynamo.variables.torch, "get_overridable_functions")
+    model = Breaking(F.tanh, "never")
+    ck.DREG(model)
+    with pytest.warns(UserWarning, match=r"left out there: torch.nn.functional.sigmoid, torch.nn.functional.tanh, "):
+        model(torch.randn(3, 4))
 
 
 def test_a_call_on_a_condition_that_is_not_met_does_not_stop_the_compiler():

@@ -129,6 +129,64 @@ def test_an_activation_in_place_overwrites_what_the_model_or_a_hook_keeps():
     assert torch.equal(kept[0], y)
 
 
+@pytest.mark.parametrize("between", ["nothing", "dropout", "batch norm", "layer norm", "a cast", "F.batch_norm"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_what_a_forward_overwrites_behind_a_view_is_no_layer_in_that_pass(context, between):
+    """An inference tensor would not count that it has been written to."""
+
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            modules = {"dropout": nn.Dropout(), "batch norm": nn.BatchNorm1d(3), "layer norm": nn.LayerNorm(3)}
+            self.linear, self.between = nn.Linear(3, 3), modules.get(between, nn.Identity())
+            self.overwrites = True
+
+        def forward(self, x):
+            hidden = self.between(self.linear(x))
+            if between == "a cast":
+                hidden = hidden.double()
+            if between == "F.batch_norm":
+                hidden = F.batch_norm(hidden, None, None, training=True)
+            if self.overwrites:
+                hidden.view(-1).add_(1.0)
+            return torch.tanh(hidden)
+
+    torch.manual_seed(0)
+    model, x = Overwriting().eval(), torch.randn(4, 3)
+    plain = copy.deepcopy(model)
+    reg = ck.DREG(model)
+    assert len(reg.layers) == 1
+    with context():
+        torch.testing.assert_close(model(x), plain(x))
+        assert reg.jac_sq() == {reg.layers[0].name: []}
+        model.overwrites = False
+        model(x)
+        norms = reg.jac_sq()[reg.layers[0].name]
+    assert len(norms) == 1
+    assert norms[0].shape == (4,)
+
+
+def test_dropout_in_place_works_on_inference_tensors_too():
+    class Dropping(nn.Module):
+        """One dropout behind a linear layer and on an inference tensor, as Monte Carlo dropout runs it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.dropout = nn.Linear(3, 3), nn.Dropout(0.5, inplace=True)
+
+        def forward(self, x):
+            return self.dropout(x + torch.tanh(self.dropout(self.linear(x))))
+
+    model = Dropping()
+    plain, x = copy.deepcopy(model), torch.randn(4, 3)
+    ck.DREG(model)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        y = model(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(y, plain(x))
+
+
 def test_an_activation_in_place_that_nobody_else_sees_needs_no_copy():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.SiLU(True))
     assert [(layer.in_place, layer.overwrites_unseen) for layer in discover(model).layers] == [(True, True)] * 2

@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json != "-":
         record.show(content, whole=arguments.suite is None)
         print(f"{len(reading.read(content).comparisons)} comparisons in {content['seconds']} s")
-    for name, error in content["errors"].items():
-        print(f"bench: {name} broke off: {error}", file=sys.stderr)
+    for name, broken in content["errors"].items():
+        print(f"bench: {name} broke off: {broken}", file=sys.stderr)
     for message in messages:
         print(message, file=sys.stderr if arguments.json == "-" else sys.stdout)
     return FAILED if content["errors"] or _is_wrong(content) else MEASURED

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
+from chainzrule_kernels import _distributed
 from chainzrule_kernels.dreg.accumulated import Start
 from chainzrule_kernels.dreg.discovery import Between, Layer
 from chainzrule_kernels.dreg.interception import (
@@ -44,6 +45,8 @@ class Attachment:
         start: nn.Module | None,
     ) -> None:
         self.records: list[JacobianRecord] = []
+        # For each record, the modules that contain the layer, from the outermost.
+        self._containing: list[tuple[nn.Module, ...]] = []
         self._forward_pass = forward_pass
         self._with_norms = with_norms
         self._interceptions: list[Interception] = []
@@ -55,6 +58,7 @@ class Attachment:
         between: dict[nn.Module, Between] = {}
         for layer in layers:
             self.records.append(self._record(layer))
+            self._containing.append(_containing(model, layer))
             if layer.linear is None or layer.linear_name is None or layer.has_own_weight:
                 continue
             _, folds = marked.get(layer.linear, ("", False))
@@ -92,7 +96,6 @@ class Attachment:
         record = JacobianRecord(self._forward_pass, None, spread=layer.linear, may_leave_input=layer.overwrites_unseen)
         records = self._records_of(layer)
         records.by_linear[layer.linear_name] = record
-        records.is_expected = records.is_expected or not layer.is_conditional
         if layer.linear is None:
             records.spatial = layer.spatial
         return record
@@ -123,6 +126,15 @@ class Attachment:
         module.jacobian_record = record  # type: ignore[assignment]
         self._has_record.append(module)
 
+    def prepare_backward(self, recorded: Iterable[list[tuple[Tensor, int]]]) -> None:
+        """See that the weights of FSDP2 are there when a backward pass comes to the norms of each layer."""
+        if _distributed.may_shard():
+            for calls, containing in zip(recorded, self._containing, strict=True):
+                sharded = [module for module in containing if _distributed.is_sharded(module)]
+                if sharded:  # torch.compile cannot go on behind this
+                    for jac_sq, _ in calls:
+                        _distributed.bring_weights_back(jac_sq, sharded)
+
     def remove(self) -> None:
         """Take everything off. Calling it again does nothing."""
         for interception in reversed(self._interceptions):
@@ -133,6 +145,16 @@ class Attachment:
                 del module.jacobian_record
         for record in self.records:
             record.calls = []
+
+
+def _containing(model: nn.Module, layer: Layer) -> tuple[nn.Module, ...]:
+    found = [model]
+    for name in (layer.owner_name, layer.linear_name or ""):
+        module = model
+        for child in filter(None, name.split(".")):
+            module = module.get_submodule(child)
+            found.append(module)
+    return tuple(dict.fromkeys(found))
 
 
 def attached_interception(module: nn.Module) -> Interception | None:

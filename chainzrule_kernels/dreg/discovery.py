@@ -97,7 +97,6 @@ class Layer:
             maps ``(B, C, *spatial)``; None for ``(..., N)``, and where that is not known.
         in_place: whether the activation overwrites its input.
         overwrites_unseen: whether it does and nothing else uses its input, which it may then as well leave as it is.
-        is_conditional: whether the function is called only where conditions on values are met.
     """
 
     name: str
@@ -114,7 +113,6 @@ class Layer:
     spatial: int | None = field(default=None, repr=False)
     in_place: bool = field(default=False, repr=False)
     overwrites_unseen: bool = field(default=False, repr=False)
-    is_conditional: bool = field(default=False, repr=False)
 
     @property
     def batch_norm(self) -> nn.Module | None:
@@ -240,7 +238,6 @@ class _Site:
     value: _Value
     is_polynomial: bool = False
     is_seen_again: bool = False
-    is_conditional: bool = False
 
 
 # Whoever asks more often may be a loop that the same answer never ends.
@@ -467,7 +464,6 @@ class _Analysis:
         self.reached: set[nn.Module] = set()
         self.running: set[nn.Module] = set()
         self.opaque: dict[str, str] = {}
-        self.on_other_way: nn.Module | None = None
 
     def follow_everything(self) -> None:
         self.call(self.model, [_Value("nothing in front of it")])
@@ -528,9 +524,7 @@ class _Analysis:
         try:
             result = self._follow(name, module, trace.graph, trace.is_whole, arguments) or other
             if trace.other_way is not None:
-                outer, self.on_other_way = self.on_other_way, module
                 self._follow(name, module, trace.other_way, False, arguments)
-                self.on_other_way = outer
             # What a subclass makes of the product with its weight is no longer that.
             return other if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else result
         finally:
@@ -591,8 +585,7 @@ class _Analysis:
         other = _Value(f"the result of {label} in front of it", spatial=spatial, memory=value.memory)
         call = describe_call(function, node.args, node.kwargs)
         if call is not None:
-            is_conditional = self.on_other_way is module
-            return self._activation(_Site(name, module, None, call, value, is_conditional=is_conditional))
+            return self._activation(_Site(name, module, None, call, value))
         if function in TRANSPARENT_FUNCTIONS:
             return value.through(Between(name, module, "transparent", is_function=True))
         if value.is_several and function is operator.getitem and isinstance(node.args[1], int):
@@ -721,7 +714,6 @@ class _Analysis:
             spatial=None if takes_rows else value.spatial,
             in_place=site.call.in_place,
             overwrites_unseen=site.call.in_place and value.memory.is_followed and not site.is_seen_again,
-            is_conditional=site.is_conditional,
         )
 
 
@@ -732,7 +724,6 @@ def _combined(one: Layer, other: Layer) -> Layer:
         chosen,
         between=tuple(dict.fromkeys((*one.between, *other.between))),
         overwrites_unseen=one.overwrites_unseen and other.overwrites_unseen,
-        is_conditional=one.is_conditional and other.is_conditional,
     )
 
 

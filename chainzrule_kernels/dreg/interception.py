@@ -22,10 +22,11 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from chainzrule_kernels import _distributed
+from chainzrule_kernels._tracing import constant_while_running, show_to_function_modes
 from chainzrule_kernels.dreg.recognition import (
     ACTIVATION_FUNCTIONS,
     CONVOLUTIONS,
-    NAMES_HIDDEN_BY_DYNAMO,
+    FUNCTIONS_HIDDEN_BY_DYNAMO,
     OTHER_NORM_FUNCTIONS,
     PART_FUNCTIONS,
     TRANSPARENT_FUNCTIONS,
@@ -40,6 +41,7 @@ from chainzrule_kernels.nn.jacobian_record import (
     Source,
     set_source,
     source_of,
+    with_versions,
 )
 from chainzrule_kernels.ops._convolution import geometry
 from chainzrule_kernels.ops.squared_weights.op import squared_row_norms, squared_taps
@@ -133,7 +135,7 @@ class MarkingLinear(Interception):
         # A parametrised weight is computed at each access, and spectral norm moves on each time.
         computed = parametrize.is_parametrized(self.module, "weight")
         with parametrize.cached() if computed and self.with_norms else contextlib.nullcontext():
-            y = self.original(*args, **kwargs)
+            y = with_versions(self.original, *args, **kwargs)
             if not _distributed.is_plain(y):
                 self._check_hook()
                 return y
@@ -162,7 +164,6 @@ class MarkingLinear(Interception):
         set_source(y, self.name, row_sq, None)
 
     def _row_sq(self, x: Tensor, y: Tensor) -> Tensor:
-        _distributed.refuse_sharded(self.module)
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         if isinstance(self.module, CONVOLUTIONS):
@@ -181,9 +182,7 @@ class Handing(Interception):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, marked as its input was."""
-        y = self.original(*args, **kwargs)
-        hand_on(_first(args, kwargs), y, self.keeps_norms)
-        return y
+        return call_and_hand_on(self.original, args, kwargs, self.keeps_norms)
 
 
 class RecordingActivation(Interception):
@@ -218,36 +217,32 @@ class WatchingFunctions(Interception):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, its calls of functions watched."""
-        mode = _FunctionMode(self.records)
-        with mode:
-            y = self.original(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            for name, records in self.records.items():
-                if name in NAMES_HIDDEN_BY_DYNAMO and records.is_expected and name not in mode.seen:
-                    raise RuntimeError(
-                        f"DREG: the call of {name} in a {type(self.module).__name__} was not seen. torch.compile "
-                        "does not show those of torch.nn.functional.tanh and sigmoid, torch.relu_, tanh_ and sigmoid_. "
-                        "Call torch.tanh, torch.sigmoid or the tensor's method, or leave the layer out with layers="
-                    )
-        return y
+        _show_hidden_calls()
+        with _FunctionMode(self.records):
+            return self.original(*args, **kwargs)
+
+
+@constant_while_running
+def _show_hidden_calls() -> None:
+    # At each call, since a forward that is not compiled itself may call a function that is.
+    global _hidden_calls_are_shown
+    if not _hidden_calls_are_shown:
+        _hidden_calls_are_shown = show_to_function_modes(FUNCTIONS_HIDDEN_BY_DYNAMO)
+
+
+_hidden_calls_are_shown = False
 
 
 class _FunctionMode(TorchFunctionMode):
-    """Records the calls of activations.
-
-    Attributes:
-        seen: the names of the activations that were called.
-    """
+    """Records the calls of activations."""
 
     def __init__(self, records: dict[str, ActivationRecords]) -> None:
         super().__init__()
         self.records = records
-        self.seen: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in ACTIVATION_FUNCTIONS:
-            self.seen.append(ACTIVATION_FUNCTIONS[func])
             records = self.records.get(ACTIVATION_FUNCTIONS[func])
             call = None if records is None else describe_call(func, args, kwargs)
             if records is not None and call is not None and call.kind is not None:
@@ -259,9 +254,7 @@ class _FunctionMode(TorchFunctionMode):
         elif func in PART_FUNCTIONS:
             return _parts(func, args, kwargs)
         elif func in TRANSPARENT_FUNCTIONS or func in OTHER_NORM_FUNCTIONS:
-            y = func(*args, **kwargs)
-            hand_on(_first(args, kwargs), y, func in TRANSPARENT_FUNCTIONS)
-            return y
+            return call_and_hand_on(func, args, kwargs, func in TRANSPARENT_FUNCTIONS)
         return func(*args, **kwargs)
 
 
@@ -286,11 +279,20 @@ def hand_on(x: Any, y: Any, keeps_norms: bool) -> None:
         set_source(y, source.linear, source.row_sq if keeps_norms else None, source.spatial)
 
 
+def call_and_hand_on(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keeps_norms: bool) -> Any:
+    """``function(*args, **kwargs)``, marked as the first argument is."""
+    x = _first(args, kwargs)
+    # What carries no mark may be an inference tensor, into which nothing can write outside of inference mode.
+    y = function(*args, **kwargs) if source_of(x) is None else with_versions(function, *args, **kwargs)
+    hand_on(x, y, keeps_norms)
+    return y
+
+
 def _parts(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Parts of a tensor, marked as it is: with the row norms of their own units, or of all for parts of the batch."""
-    parts = function(*args, **kwargs)
     x = _first(args, kwargs)
     source = source_of(x) if isinstance(x, Tensor) else None
+    parts = function(*args, **kwargs) if source is None else with_versions(function, *args, **kwargs)
     dimension = None if source is None else dimension_of_parts(function, args, kwargs)
     if source is None or dimension is None:
         return parts
@@ -327,14 +329,12 @@ def _batch_norm(
     source = source_of(input)
     if source is None or source.row_sq is None or input.numel() <= input.shape[1]:
         # One value for each channel is an error, and PyTorch's own function says so.
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        hand_on(input, y, keeps_norms=True)
-        return y
+        own_arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return call_and_hand_on(F.batch_norm, own_arguments, {}, keeps_norms=True)
     _check_channels(input, source)
     # The same call that F.batch_norm makes. It returns 1/sigma of the batch, too.
-    y, _, inverse_sigma, _, _ = torch._batch_norm_impl_index(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
-    )
+    arguments = (input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled)
+    y, _, inverse_sigma, _, _ = with_versions(torch._batch_norm_impl_index, *arguments)
     if torch.compiler.is_compiling():
         # Dynamo lets no attribute be set on one of several results.
         y = y.view_as(y)

@@ -120,9 +120,8 @@ ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
     function: function.__name__.rstrip("_") for function in (*_SIMPLE_ACTIVATIONS, F.gelu, F.softplus)
 }
-# Some calls of these reach no torch function mode in a compiled function (torch 2.13): those of F.tanh, F.sigmoid,
-# torch.relu_, torch.tanh_ and torch.sigmoid_.
-NAMES_HIDDEN_BY_DYNAMO = frozenset({"relu", "tanh", "sigmoid"})
+# Outside of a compiled function their calls reach torch function modes: as F.tanh calls z.tanh(), and by themselves.
+FUNCTIONS_HIDDEN_BY_DYNAMO: frozenset[Any] = frozenset({F.tanh, F.sigmoid, torch.relu_, torch.tanh_, torch.sigmoid_})
 # Named in the table of what is not regularised, so that nobody takes them for regularised.
 _OTHER_ACTIVATIONS: dict[Any, str] = {
     getattr(F, name): name

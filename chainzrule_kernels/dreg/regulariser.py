@@ -76,6 +76,7 @@ class DREG:
     neither a new batch size nor a step of the schedule recompiles. With activation checkpointing use
     ``use_reentrant=False``, since a reentrant checkpoint is refused in the backward pass; checkpoints inside a compiled
     model need ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
+    A pass belongs to the thread that runs it: what another thread asks for meanwhile is refused.
     ``copy.deepcopy((model, reg))`` copies both; a copy of the model alone carries a regulariser of its own, which
     ``DREG.detach(copy)`` takes off. Under ``torch.vmap`` nothing is recorded, and the latest pass stays what it was. A
     replica of :class:`torch.nn.DataParallel` is refused. The norms of the latest pass are kept until the next one;
@@ -177,13 +178,25 @@ class DREG:
         if self._is_a_pass() and not getattr(model, "_is_replica", False):
             self._forward_pass.end()
 
-    def _check_pass(self) -> None:
-        """Raise when the latest pass has not reached its end; otherwise see that its norms are there."""
+    def _recorded(self) -> list[list[tuple[Tensor, int]]]:
+        """For each layer, what the latest pass has recorded.
+
+        Raises:
+            RuntimeError: when that pass has not reached its end, or is not that of this thread.
+        """
+        if not torch.compiler.is_compiling():
+            self._forward_pass.refuse_other_threads()
         if self._forward_pass.has_begun and not self._forward_pass.is_complete:
             if not torch.compiler.is_compiling():
                 self._forward_pass.forget_interrupted()
             raise RuntimeError(_INCOMPLETE)
         self._run_tangents()
+        recorded = [record.calls for record in self._records]
+        if not torch.compiler.is_compiling():
+            # Behind the look at the records, which another thread may empty at any time.
+            self._forward_pass.check_latest()
+        self._attachment.prepare_backward(recorded)
+        return recorded
 
     def _nothing_recorded(self) -> RuntimeError:
         return RuntimeError(_NO_LAYER_RAN if self._forward_pass.has_begun else _NOTHING_RECORDED)
@@ -205,18 +218,18 @@ class DREG:
             TypeError, ValueError: when ``mask`` is not a bool tensor, or of another shape than a layer's norms.
             RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
                 attached; when the latest pass has not reached its end, because of an exception or because it is still
-                running; under ``torch.vmap``, where nothing is recorded.
+                running; when another thread is in a pass, or has run the model since this one did; under
+                ``torch.vmap``, where nothing is recorded.
         """
         if not torch.compiler.is_compiling() and is_under_vmap():
             raise RuntimeError(_UNDER_VMAP)
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: expected a bool tensor, got {got}")
-        self._check_pass()
         groups: list[_Norms] = []
         count = 0
-        for layer, weight, record in zip(self.layers, self._weights, self._records, strict=True):
-            for jac_sq, units in record.calls:
+        for layer, weight, calls in zip(self.layers, self._weights, self._recorded(), strict=True):
+            for jac_sq, units in calls:
                 _check_mask(mask, layer.name, jac_sq)
                 factor = weight / max(units, 1) if self.reduction.units == "mean" else weight
                 _norms_like(groups, jac_sq, factor).values.append(jac_sq)
@@ -291,12 +304,11 @@ class DREG:
         The tensors are part of the graph, as the penalty is. A layer that did not run has an empty list.
 
         Raises:
-            RuntimeError: when the latest pass has not reached its end.
+            RuntimeError: when the latest pass has not reached its end, or is not that of this thread.
         """
-        self._check_pass()
         return {
-            layer.name: [jac_sq for jac_sq, _ in record.calls]
-            for layer, record in zip(self.layers, self._records, strict=True)
+            layer.name: [jac_sq for jac_sq, _ in calls]
+            for layer, calls in zip(self.layers, self._recorded(), strict=True)
         }
 
     def report(self, *inputs: Any, **keywords: Any) -> Table[LayerReport]:
@@ -313,13 +325,14 @@ class DREG:
 
         Raises:
             RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
-                attached, or when the latest pass has not reached its end.
+                attached, when the latest pass has not reached its end, or when it is not that of this thread.
         """
         if not inputs and not keywords:
             return self._report()
         recorded = [record.calls for record in self._records]
         tangent_pass = self._tangent_pass
-        latest = self._forward_pass.has_begun, self._forward_pass.is_complete
+        self._forward_pass.refuse_other_threads()
+        latest = self._forward_pass.remember()
         training = [module for module in self.model.modules() if module.training]
         self._forward_pass.measures_nonlinearity = True
         try:
@@ -330,7 +343,7 @@ class DREG:
             return self._report()
         finally:
             self._forward_pass.measures_nonlinearity = False
-            self._forward_pass.has_begun, self._forward_pass.is_complete = latest
+            self._forward_pass.restore(latest)
             for module in training:
                 module.training = True
             for record, calls in zip(self._records, recorded, strict=True):
@@ -339,11 +352,10 @@ class DREG:
             self._tangent_pass = tangent_pass
 
     def _report(self) -> Table[LayerReport]:
-        self._check_pass()
         rows = []
-        for layer, record in zip(self.layers, self._records, strict=True):
-            if record.calls:
-                norms = torch.cat([jac_sq.detach().flatten() for jac_sq, _ in record.calls]).sqrt()
+        for layer, record, calls in zip(self.layers, self._records, self._recorded(), strict=True):
+            if calls:
+                norms = torch.cat([jac_sq.detach().flatten() for jac_sq, _ in calls]).sqrt()
                 mean = norms.mean(dtype=torch.float64).item()
                 rows.append(
                     LayerReport(layer.name, mean, percentile(norms, 99.0), tail_ratio(norms), record.nonlinearity)

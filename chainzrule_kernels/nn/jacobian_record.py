@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import weakref
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +35,30 @@ from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
+from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
 
 if TYPE_CHECKING:
     from chainzrule_kernels.dreg.regulariser import DREG
-from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
+
+Result = TypeVar("Result")
+
+
+class _OwnPasses(threading.local):
+    """The latest pass that this thread has run, for each model, as :attr:`ForwardPass.latest` names it."""
+
+    def __init__(self) -> None:
+        self.latest: weakref.WeakKeyDictionary[ForwardPass, object] = weakref.WeakKeyDictionary()
+
+
+_own_passes = _OwnPasses()
+# So that of two threads that begin at once one is refused.
+_beginning = threading.Lock()
 
 
 class ForwardPass:
     """Where the regularised model is in its forward, and what its layers shall record.
+
+    A pass belongs to the thread that runs it. Compiled code is not told which one that is.
 
     Attributes:
         depth: how many calls of the model are running: 0 outside its forward, 2 where its forward calls the model.
@@ -50,6 +68,7 @@ class ForwardPass:
         is_silent: whether the layers record nothing in the model's own pass, since tangents will run behind it.
         outputs: while tangents run, what the layers have given out so far; otherwise None.
         regulariser: the one that this belongs to; a copy of a layer alone has none.
+        latest: what the latest pass is known by; None before the first and for one of compiled code.
     """
 
     def __init__(self) -> None:
@@ -60,7 +79,9 @@ class ForwardPass:
         self.is_silent = False
         self.outputs: list[Output] | None = None
         self.regulariser: weakref.ref[DREG] | None = None
+        self.latest: object = None
         self._caller: FrameType | None = None
+        self._thread = 0
 
     @property
     def is_listening(self) -> bool:
@@ -68,13 +89,22 @@ class ForwardPass:
         return not self.is_silent or self.outputs is not None
 
     def begin(self) -> bool:
-        """A call of the model begins. Whether it is a pass of its own, rather than a call inside one."""
-        if not torch.compiler.is_compiling():
-            if self._caller is not None and not _is_running(self._caller):
-                self.depth = 0
-            if self.depth == 0:
-                # Two frames up: the one that runs the hook, and then the forward.
-                self._caller = sys._getframe(2)
+        """A call of the model begins. Whether it is a pass of its own, rather than a call inside one.
+
+        Raises:
+            RuntimeError: when another thread is in a pass.
+        """
+        if torch.compiler.is_compiling():
+            self.latest = None
+        else:
+            with _beginning:
+                self.refuse_other_threads()
+                if self._caller is not None:
+                    self.forget_interrupted()
+                if self.depth == 0:
+                    # Two frames up: the one that runs the hook, and then the forward.
+                    self._caller, self._thread = sys._getframe(2), threading.get_ident()
+                    self.latest = _own_passes.latest[self] = object()
         self.depth += 1
         if self.depth > 1:
             return False
@@ -89,6 +119,9 @@ class ForwardPass:
 
     def end(self) -> None:
         """A call of the model ends, by an exception or not."""
+        # One that was refused does not end the pass of the other thread.
+        if not torch.compiler.is_compiling() and self._is_of_another_thread:
+            return
         if self.depth > 0:
             self.depth -= 1
         if self.depth == 0:
@@ -96,21 +129,59 @@ class ForwardPass:
 
     def forget_interrupted(self) -> None:
         """Close a pass whose end was never told: PyTorch's hooks do not see a KeyboardInterrupt."""
-        if self._caller is None or not _is_running(self._caller):
+        if self._caller is None or not _is_running(self._caller, self._thread):
             self.depth = 0
             self._caller = None
+
+    @property
+    def _is_of_another_thread(self) -> bool:
+        return self._caller is not None and self._thread != threading.get_ident()
+
+    def refuse_other_threads(self) -> None:
+        """Raise when another thread is in a pass."""
+        if self._is_of_another_thread and self._caller is not None and _is_running(self._caller, self._thread):
+            raise RuntimeError(_TWO_THREADS)
+
+    def check_latest(self) -> None:
+        """Raise when another thread has run a pass since this one did, if it did."""
+        own = _own_passes.latest.get(self)
+        if own is not None and self.latest is not None and own is not self.latest:
+            raise RuntimeError(_ANOTHER_THREAD_SINCE)
+
+    def remember(self) -> tuple[bool, bool, object, object]:
+        """What :meth:`restore` needs to forget the passes that this thread runs from now on."""
+        return self.has_begun, self.is_complete, self.latest, _own_passes.latest.get(self)
+
+    def restore(self, remembered: tuple[bool, bool, object, object]) -> None:
+        """Go back to the pass that was the latest."""
+        self.has_begun, self.is_complete, self.latest, own = remembered
+        if own is None:
+            _own_passes.latest.pop(self, None)
+        else:
+            _own_passes.latest[self] = own
 
     def clear(self) -> None:
         """As if the model had not run."""
         self.has_begun = self.is_complete = False
+        self.latest = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has had no pass; its regulariser, where it is copied too, makes itself known.
         return {**ForwardPass().__dict__, "is_silent": self.is_silent}
 
 
-def _is_running(frame: FrameType) -> bool:
-    current: FrameType | None = sys._getframe(1)
+_TWO_THREADS = (
+    "DREG: another thread is in a forward pass of this model, and a regularised model records one pass at a time. Give "
+    "each thread a copy, copy.deepcopy((model, regulariser)), or call remove() on the regulariser before serving"
+)
+_ANOTHER_THREAD_SINCE = (
+    "DREG: another thread has run the model since this one did, and the norms are those of the latest pass. Give each "
+    "thread a copy, copy.deepcopy((model, regulariser)), or keep the others out until the norms have been asked for"
+)
+
+
+def _is_running(frame: FrameType, thread: int) -> bool:
+    current: FrameType | None = sys._current_frames().get(thread)
     while current is not None and current is not frame:
         current = current.f_back
     return current is not None
@@ -168,8 +239,16 @@ def forget_source(value: Tensor) -> None:
     value._jacobian_source = None  # type: ignore[attr-defined]
 
 
+def with_versions(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """``function(*args, **kwargs)``; in inference mode as normal tensors, which count versions, without gradients."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return function(*args, **kwargs)
+    with torch.inference_mode(False), torch.no_grad():
+        return function(*args, **kwargs)
+
+
 def _version_of(value: Tensor) -> int:
-    # An inference tensor counts no versions. Nor does a trace need to: Dynamo would make a constant of it.
+    # A trace need not count: Dynamo would make a constant of it. What the model was given may be an inference tensor.
     if torch.compiler.is_compiling() or value.is_inference():
         return 0
     return value._version
@@ -346,7 +425,6 @@ class ActivationRecords:
     Attributes:
         by_linear: the records, by the name of the linear map; None for a linear map that is left out.
         spatial: of the input that belongs to no linear map, as :attr:`Source.spatial`.
-        is_expected: whether it is called each time that the forward runs, as far as its trace showed.
         forward_pass: the regulariser's.
     """
 
@@ -356,7 +434,6 @@ class ActivationRecords:
         self.forward_pass = forward_pass
         self.by_linear: dict[str | None, JacobianRecord | None] = {}
         self.spatial: int | None = None
-        self.is_expected = False
 
     def apply(
         self, function: FixedActivation | LearnablePolynomial, z: Tensor, in_place: bool = False

@@ -14,13 +14,13 @@ decide:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from chainzrule_kernels._tracing import constant_while_running
 from chainzrule_kernels.ops._convolution import Geometry, Numbers, Padding, dtype_of_convolution, geometry
 
 MAX_WINDOW = 32
@@ -34,8 +34,6 @@ TILE_ROWS = 128
 
 OLDEST_CAPABILITY = (8, 0)
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 _VECTORS = {"bfloat16": 8, "float16": 8, "tfloat32": 4, "float32": 1}
 
@@ -156,16 +154,6 @@ def arithmetic(dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "tfloat32" if tf32_allowed() else "float32"
     return str(dtype).removeprefix("torch.")
-
-
-def constant_while_running(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Have torch.compile call the function while it traces, and take the result as a constant.
-
-    :func:`torch.compiler.assume_constant_result` does the same and imports Dynamo, which would make the import of this
-    package take seconds.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant_while_running
