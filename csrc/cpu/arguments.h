@@ -153,12 +153,13 @@ struct SquaredTaps {
 };
 
 // Where a backward task leaves its sums. The gradient of coefficient k goes to coefficients[k] (shared), or to
-// coefficients[k * channels + c] (per channel); that of row_sq to row_sq[c] or, with one for each column, to row_sq[j], counted
-// from the first column of the tile. What belongs to the columns of the tile is written; where there are positions, all of
-// coefficients[] and of row_sq[c] is.
+// coefficients[k * channels + c] (per channel); that of row_sq to row_sq[c] or, with one for each column, to row_sq_columns[j].
+// What belongs to the columns of the tile is written; where there are positions, all of coefficients[] and of row_sq[] is. A tile
+// with sums for each column has at most kRowsPerSum rows.
 struct GradientSums {
   double* coefficients = nullptr;
   double* row_sq = nullptr;
+  void* row_sq_columns = nullptr;  // compute type
 };
 
 // Rows that a backward sums in the compute type before it goes over to double.
@@ -175,8 +176,8 @@ struct KernelTable {
   void (*tangent_backward)(const TangentBackward&, const Tile&, const GradientSums&);
   // to[j] = sum over the slabs of from[slab * n + j], in order; `to` has the compute type
   void (*sum_slabs)(DataType type, const double* from, int64_t slabs, int64_t n, int64_t begin, int64_t end, void* to);
-  // to[j] = from[j - begin], for one range of columns; `to` has the compute type
-  void (*finish_columns)(DataType type, const double* from, int64_t begin, int64_t end, void* to);
+  // The same with `from` in the compute type.
+  void (*sum_column_slabs)(DataType type, const void* from, int64_t slabs, int64_t n, int64_t begin, int64_t end, void* to);
   // Of the rows `begin` to `end` of the weight.
   void (*squared_taps)(const SquaredTaps&, int64_t begin, int64_t end);
   void (*squared_taps_backward)(const SquaredTaps&, int64_t begin, int64_t end);

@@ -33,6 +33,7 @@ constexpr int64_t kMaxTangentsAtOnce = 64;
 template <int Degree, class E>
 struct SharedPolynomial {
   static constexpr int kDegree = Degree;
+  static constexpr bool kCurved = true;
   static constexpr bool kPerChannel = false;
   Polynomial<Vector<E>, Degree> polynomial;
   Polynomial<Vector<E>, Degree - 1> derivative;
@@ -50,6 +51,7 @@ struct SharedPolynomial {
 template <int Degree, class E>
 struct ChannelPolynomial {
   static constexpr int kDegree = Degree;
+  static constexpr bool kCurved = true;
   static constexpr bool kPerChannel = true;
   const E* coefficients;
   int64_t columns;
@@ -67,6 +69,7 @@ template <class Activation, class E>
 struct FixedActivation {
   static constexpr int kDegree = 0;  // no coefficients
   static constexpr bool kPerChannel = false;
+  static constexpr bool kCurved = !std::is_same_v<Activation, Relu>;
 
   FixedActivation(const E*, int64_t) {}
   template <class Extent>
@@ -178,16 +181,18 @@ void backward_chunk(const BackwardChunk<E>& given) {
       if constexpr (kSlopeGradient) {
         if (chunk.grad_derivative) h = load(chunk.grad_derivative + j, extent);
         if (chunk.has_grad_norm) {
-          V norm_part = twice_grad_norm * jet.slope;
-          if (chunk.row_sq) norm_part = norm_part * load(chunk.row_sq + j, extent);
-          h = chunk.grad_derivative ? h + norm_part : norm_part;
+          if constexpr (Function::kCurved) {
+            V norm_part = twice_grad_norm * jet.slope;
+            if (chunk.row_sq) norm_part = norm_part * load(chunk.row_sq + j, extent);
+            h = chunk.grad_derivative ? h + norm_part : norm_part;
+          }
           if (chunk.row_sq_sums) {
             const V square = E(0.5) * twice_grad_norm * jet.slope * jet.slope;
             store(chunk.row_sq_sums + j, load(chunk.row_sq_sums + j, extent) + square, extent);
           }
         }
         h = keep(h, extent);
-        grad_z = kValueGradient ? grad_z + h * jet.curvature : h * jet.curvature;
+        if constexpr (Function::kCurved) grad_z = kValueGradient ? grad_z + h * jet.curvature : h * jet.curvature;
         if (of_relu) h = where_rising(z, h);
       }
       if (chunk.grad_z) store(chunk.grad_z + j, grad_z, extent);
@@ -596,18 +601,16 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
 // ---- drivers: the backward --------------------------------------------------------------------------------------------
 
 // The sums that a backward tile keeps for the parameters: in the compute type for one chunk (shared coefficients, or channels
-// outermost) or for kRowsPerSum rows or positions (one sum for each channel or column), then in double.
+// outermost) or for kRowsPerSum rows or positions (one sum for each channel), then in double; or for the tile (one for each column).
 template <class E>
 class ParameterSums {
  public:
-  ParameterSums(const FunctionSpec& function, bool row_sq_per_channel, const ChannelOrder& order, const TileColumns& columns,
-                GradientSums sums)
+  ParameterSums(const FunctionSpec& function, const ChannelOrder& order, const TileColumns& columns, GradientSums sums)
       : columns_(columns),
         sums_(sums),
         coefficients_(function.activation >= 0 ? 0 : function.degree + 1),
         lanes_per_channel_(function.per_channel && columns.outermost()),
         window_per_channel_(function.per_channel && !columns.outermost()),
-        row_sq_per_channel_(row_sq_per_channel),
         stride_(skewed(columns.window())) {
     const int64_t channels = columns.channels();
     if (std::is_same_v<E, double> && order.positions > 1 && !columns.outermost()) {
@@ -629,18 +632,15 @@ class ParameterSums {
         for (int k = 0; k < coefficients_; ++k) std::fill_n(total_of(k) + columns.begin(), columns.width(), 0.0);
       }
     }
+    if (sums_.row_sq_columns) std::fill_n(columns_of_row_sq(), columns.width(), E(0));
     if (!sums_.row_sq) return;
-    const int64_t count = !row_sq_per_channel_   ? columns.width()
-                          : columns.outermost() ? kChunk<E>
-                                                 : columns.window();
+    const int64_t count = columns.outermost() ? kChunk<E> : columns.window();
     recent_row_sq_ = AlignedBuffer<E>(count);
     std::fill_n(recent_row_sq_.get(), count, E(0));
-    if (row_sq_per_channel_ && order.positions > 1) {
+    if (order.positions > 1) {
       std::fill_n(sums_.row_sq, channels, 0.0);
-    } else if (row_sq_per_channel_) {
-      std::fill_n(sums_.row_sq + columns.begin(), columns.width(), 0.0);
     } else {
-      std::fill_n(sums_.row_sq, columns.width(), 0.0);
+      std::fill_n(sums_.row_sq + columns.begin(), columns.width(), 0.0);
     }
   }
 
@@ -648,9 +648,8 @@ class ParameterSums {
   E* coefficients_at(const Piece& piece) { return window_per_channel_ ? recent_window_.get() + piece.offset : recent_; }
   int64_t stride() const { return stride_; }
   E* row_sq_at(const Piece& piece) {
-    if (!sums_.row_sq) return nullptr;
-    if (!row_sq_per_channel_) return recent_row_sq_.get() + (piece.column - columns_.begin());
-    return recent_row_sq_.get() + piece.offset;
+    if (sums_.row_sq_columns) return columns_of_row_sq() + (piece.column - columns_.begin());
+    return sums_.row_sq ? recent_row_sq_.get() + piece.offset : nullptr;
   }
 
   void end_piece(const Piece& piece) {
@@ -661,13 +660,8 @@ class ParameterSums {
     if (window_ends && ++recent_windows_ == kRowsPerSum) flush_window();
   }
 
-  void end_row() {
-    if (++recent_rows_ == kRowsPerSum) flush_columns();
-  }
-
   void end_tile() {
     flush_window();
-    flush_columns();
     if (window_per_channel_ || lanes_per_channel_ || !sums_.coefficients) return;
     flush_lanes();
     for (int k = 0; k < coefficients_; ++k) {
@@ -687,6 +681,7 @@ class ParameterSums {
     total = sum;
   }
 
+  E* columns_of_row_sq() const { return static_cast<E*>(sums_.row_sq_columns) + columns_.begin(); }
   double* total_of(int k) { return sums_.coefficients + k * columns_.channels(); }
 
   void flush_lanes() {
@@ -708,7 +703,7 @@ class ParameterSums {
       recent_elements_ += piece.n;
       if (recent_elements_ >= kChunk<E>) flush_lanes();
     }
-    if (sums_.row_sq && row_sq_per_channel_) {
+    if (sums_.row_sq) {
       E* recent = recent_row_sq_.get();
       Vector<E> sum{};
       for_each_vector<E>(0, piece.n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
@@ -726,17 +721,10 @@ class ParameterSums {
       for (int k = 0; window_per_channel_ && sums_.coefficients && k < coefficients_; ++k) {
         add_to(total_of(k) + channel, recent_window_.get() + k * stride_ + offset, count, lost_at(k, channel));
       }
-      if (sums_.row_sq && row_sq_per_channel_) {
+      if (sums_.row_sq) {
         add_to(sums_.row_sq + channel, recent_row_sq_.get() + offset, count, lost_at(coefficients_, channel));
       }
     });
-  }
-
-  void flush_columns() {
-    recent_rows_ = 0;
-    if (sums_.row_sq && !row_sq_per_channel_) {
-      add_to(sums_.row_sq, recent_row_sq_.get(), columns_.width(), nullptr);
-    }
   }
 
   static void add_to(double* total, E* recent, int64_t count, double* lost) {
@@ -758,10 +746,8 @@ class ParameterSums {
   const int coefficients_;
   const bool lanes_per_channel_;   // channels outermost: a channel's sums are those of its pieces
   const bool window_per_channel_;  // channels innermost: a sum for each column of the window
-  const bool row_sq_per_channel_;
   const int64_t stride_;
   int64_t recent_windows_ = 0;
-  int64_t recent_rows_ = 0;
   int64_t recent_elements_ = 0;
   alignas(64) double lanes_[(kMaxDegree + 1) * kLanes<E>];
   alignas(64) double lost_[(kMaxDegree + 1) * kLanes<E>];
@@ -780,7 +766,7 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
   const TileColumns columns(a.order, tile,
                             a.function.per_channel || ((a.row_sq.data || wanted.row_sq) && a.row_sq.per_channel));
   TileParameters<E> parameters(a.function, a.row_sq, tile, columns);
-  ParameterSums<E> sums(a.function, a.row_sq.per_channel, a.order, columns, wanted);
+  ParameterSums<E> sums(a.function, a.order, columns, wanted);
   Buffer<E> z_buffer, grad_y_buffer, grad_derivative_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     const E grad_norm = a.grad_norm ? static_cast<const E*>(a.grad_norm)[row] : E(0);
@@ -801,7 +787,6 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
       sums.end_piece(piece);
       column += n;
     }
-    sums.end_row();
   }
   sums.end_tile();
 }
@@ -834,7 +819,7 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
   const ChunkFunctions<E> functions = chunk_functions<E>(a.function, order);
   const TileColumns columns(order, tile, a.function.per_channel);
   const TileParameters<E> parameters(a.function, RowSq{}, tile, columns);
-  ParameterSums<E> sums(a.function, true, order, columns, wanted);
+  ParameterSums<E> sums(a.function, order, columns, wanted);
   Buffer<E> z_buffer, value_buffer, slope_buffer, z_dot_buffer, grad_y_dot_buffer, grad_z_dot_buffer;
   Buffer<E> grad_y_buffer, grad_slope_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
@@ -870,7 +855,6 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
       finish(grad_z, n, grad_z_buffer);
       sums.end_piece(piece);
     }
-    sums.end_row();
   }
   sums.end_tile();
 }
@@ -890,16 +874,16 @@ inline void tangent_backward(const TangentBackward& a, const Tile& tile, const G
   with_storage(a.type, [&](auto* s) { tangent_backward_tile<std::remove_pointer_t<decltype(s)>>(a, tile, sums); });
 }
 
-template <class E>
-void sum_slabs_into(const double* from, int64_t slabs, int64_t n, int64_t begin, int64_t end, E* to) {
+template <class From, class E>
+void sum_slabs_into(const From* from, int64_t slabs, int64_t n, int64_t begin, int64_t end, E* to) {
   constexpr int64_t kColumns = 512;
   double sums[kColumns];
   for (int64_t first = begin; first < end; first += kColumns) {
     const int64_t count = std::min(kColumns, end - first);
     std::fill_n(sums, count, 0.0);
     for (int64_t slab = 0; slab < slabs; ++slab) {
-      const double* row = from + slab * n + first;
-      for (int64_t j = 0; j < count; ++j) sums[j] += row[j];
+      const From* row = from + slab * n + first;
+      for (int64_t j = 0; j < count; ++j) sums[j] += static_cast<double>(row[j]);
     }
     for (int64_t j = 0; j < count; ++j) to[first + j] = static_cast<E>(sums[j]);
   }
@@ -910,12 +894,12 @@ inline void sum_slabs(DataType type, const double* from, int64_t slabs, int64_t 
   sum_slabs_into(from, slabs, n, begin, end, static_cast<float*>(to));
 }
 
-inline void finish_columns(DataType type, const double* from, int64_t begin, int64_t end, void* to) {
+inline void sum_column_slabs(DataType type, const void* from, int64_t slabs, int64_t n, int64_t begin, int64_t end,
+                             void* to) {
   if (type == DataType::float64) {
-    std::copy_n(from, end - begin, static_cast<double*>(to) + begin);
-  } else {
-    for (int64_t j = begin; j < end; ++j) static_cast<float*>(to)[j] = static_cast<float>(from[j - begin]);
+    return sum_slabs_into(static_cast<const double*>(from), slabs, n, begin, end, static_cast<double*>(to));
   }
+  sum_slabs_into(static_cast<const float*>(from), slabs, n, begin, end, static_cast<float*>(to));
 }
 
 }  // namespace chainzrule::CHAINZRULE_TARGET
@@ -925,6 +909,6 @@ inline void finish_columns(DataType type, const double* from, int64_t begin, int
 namespace chainzrule::CHAINZRULE_TARGET {
 
 constexpr KernelTable kTable{CHAINZRULE_INSTRUCTION_SET, dreg_forward, dreg_backward, tangent_forward,
-                             tangent_backward, sum_slabs, finish_columns, squared_taps, squared_taps_backward};
+                             tangent_backward, sum_slabs, sum_column_slabs, squared_taps, squared_taps_backward};
 
 }  // namespace chainzrule::CHAINZRULE_TARGET

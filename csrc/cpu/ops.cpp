@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -42,9 +43,11 @@ constexpr int64_t kMaxSlabs = 64;
 // Columns and rows of a tile of images, which have long rows: what is the same for every image then stays in the cache.
 constexpr int64_t kColumnsPerImageTile = 8192;
 constexpr int64_t kImagesPerTile = 8;
-// A backward that keeps a sum for each column of an image has narrower tiles, of all images where there are tiles enough.
+// A backward that keeps a sum for each column of an image has narrower tiles, for the sums to stay in the cache, and as few
+// slabs of images as threads can do with, since each has its own sums. Not one: the next layer's threads divide the images, too,
+// and each finds its own in its cache.
 constexpr int64_t kColumnsPerSummedTile = 2048;
-constexpr int64_t kTilesEnough = 16;
+constexpr int64_t kSlabsOfSums = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -376,8 +379,8 @@ struct BackwardPlan {
         columns(order.columns()),
         split_width(columns_per_image_tile(order, sums_per_column ? kColumnsPerSummedTile : kColumnsPerImageTile)) {
     splits = std::max<int64_t>(1, ceil_div(columns, split_width));
-    const int64_t most_slabs = sums_per_column ? ceil_div(kTilesEnough, splits) : kMaxSlabs;
-    rows_per_slab = std::max(kImagesPerTile, ceil_div(rows, most_slabs));
+    rows_per_slab = std::max(kImagesPerTile, ceil_div(rows, sums_per_column ? kSlabsOfSums : kMaxSlabs));
+    if (sums_per_column) rows_per_slab = std::min(rows_per_slab, kRowsPerSum);
     slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
   }
 
@@ -401,9 +404,9 @@ struct BackwardPlan {
 // The sums of every slab and split, and the gradients of the parameters that they add up to.
 class PartialSums {
  public:
-  PartialSums(const BackwardPlan& plan, const FunctionSpec& function, const ChannelOrder& order, bool row_sq_per_channel,
-              bool wants_coefficients, bool wants_row_sq)
-      : splits_(plan.splits), columns_of_split_(row_sq_per_channel ? 0 : plan.split_width) {
+  PartialSums(const BackwardPlan& plan, const FunctionSpec& function, const ChannelOrder& order, bool wants_coefficients,
+              bool wants_row_sq)
+      : splits_(plan.splits) {
     const int64_t coefficient_count = function.degree + 1;
     const bool positions = order.positions > 1;
     if (wants_coefficients) {
@@ -411,13 +414,12 @@ class PartialSums {
                        function.per_channel ? coefficient_count * order.channels : coefficient_count};
     }
     if (wants_row_sq) {
-      row_sq_ = {plan, row_sq_per_channel && positions, row_sq_per_channel ? order.channels : order.columns()};
+      row_sq_ = {plan, positions, order.channels};
     }
   }
 
   GradientSums of(int64_t slab, int64_t split) const {
-    double* row_sq = row_sq_.of(slab, split, splits_);
-    return {coefficients_.of(slab, split, splits_), row_sq ? row_sq + split * columns_of_split_ : nullptr};
+    return {coefficients_.of(slab, split, splits_), row_sq_.of(slab, split, splits_)};
   }
 
   Tensor coefficient_gradient(const Tensor& coeffs, const Tensor& z) const { return coefficients_.added_up(coeffs, z); }
@@ -458,9 +460,44 @@ class PartialSums {
   };
 
   const int64_t splits_;
-  const int64_t columns_of_split_;  // between the sums of two splits that have one for each column
   Sums coefficients_;
   Sums row_sq_;
+};
+
+// The sums for each column of every slab, in the compute type, and the gradient that they add up to.
+class ColumnSums {
+ public:
+  ColumnSums(const BackwardPlan& plan, const Tensor& parameter, ScalarType compute_type)
+      : slabs_(plan.slabs),
+        columns_(plan.columns),
+        gradient_(empty(sizes_of(parameter), compute_type)),
+        type_(data_type_of(gradient_)),
+        bytes_per_slab_(static_cast<size_t>(columns_) * static_cast<size_t>(gradient_.element_size())) {
+    if (slabs_ > 1) data_.reset(new std::byte[static_cast<size_t>(slabs_) * bytes_per_slab_]);
+  }
+
+  void* of(int64_t slab) const {
+    return data_ ? data_.get() + static_cast<size_t>(slab) * bytes_per_slab_ : gradient_.mutable_data_ptr();
+  }
+
+  Tensor added_up(ScalarType type) const {
+    if (data_) {
+      const KernelTable& table = kernels();
+      void* to = gradient_.mutable_data_ptr();
+      torch::stable::parallel_for(0, columns_, std::max<int64_t>(1, kGrain / slabs_), [&](int64_t begin, int64_t end) {
+        table.sum_column_slabs(type_, data_.get(), slabs_, columns_, begin, end, to);
+      });
+    }
+    return gradient_.scalar_type() == type ? gradient_ : torch::stable::to(gradient_, type);
+  }
+
+ private:
+  const int64_t slabs_;
+  const int64_t columns_;
+  const Tensor gradient_;
+  const DataType type_;
+  const size_t bytes_per_slab_;
+  std::unique_ptr<std::byte[]> data_;  // of one slab it is the gradient
 };
 
 struct Needs {
@@ -502,7 +539,7 @@ std::tuple<Tensor, Tensor, Tensor> dreg_backward(const Tensor& z, const Optional
   a.row_sq.data = row_sq_values.data();
   if (needs.z) a.grad_z = matrix_of(grad_z);
   const BackwardPlan plan(rows, a.order.channels, a.function.per_channel || needs.companion);
-  const PartialSums sums(plan, a.function, a.order, true, needs.coefficients, needs.companion);
+  const PartialSums sums(plan, a.function, a.order, needs.coefficients, needs.companion);
   const KernelTable& table = kernels();
   plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) { table.dreg_backward(a, tile, sums.of(slab, split)); });
   return {grad_z, needs.companion ? sums.row_sq_gradient(*row_sq, z) : nothing(z),
@@ -669,26 +706,18 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const Optio
   if (needs.z) a.grad_z = image_matrix(grad_z, a.order);
   const bool sums_per_column = needs.companion && !per_channel;
   const BackwardPlan plan(z.size(0), a.order, sums_per_column);
-  // A tile with all images completes the sums of its columns, which then need no place outside of it.
-  const bool completes_columns = sums_per_column && plan.slabs == 1;
-  Tensor grad_tap_sq = completes_columns ? empty(sizes_of(*taps), compute_type_of(z)) : nothing(z);
-  const PartialSums sums(plan, a.function, a.order, per_channel, needs.coefficients, needs.companion && !completes_columns);
+  const PartialSums sums(plan, a.function, a.order, needs.coefficients, needs.companion && per_channel);
+  std::optional<ColumnSums> column_sums;
+  if (sums_per_column) column_sums.emplace(plan, *taps, compute_type_of(z));
   const KernelTable& table = kernels();
-  void* completed = completes_columns ? grad_tap_sq.mutable_data_ptr() : nullptr;
   plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) {
     GradientSums wanted = sums.of(slab, split);
-    if (!completes_columns) return table.dreg_backward(a, tile, wanted);
-    const std::unique_ptr<double[]> of_columns(new double[static_cast<size_t>(tile.column_end - tile.column_begin)]);
-    wanted.row_sq = of_columns.get();
+    if (column_sums) wanted.row_sq_columns = column_sums->of(slab);
     table.dreg_backward(a, tile, wanted);
-    table.finish_columns(a.type, of_columns.get(), tile.column_begin, tile.column_end, completed);
   });
+  Tensor grad_tap_sq = nothing(z);
   if (needs.companion) {
-    if (!completes_columns) {
-      grad_tap_sq = sums.row_sq_gradient(*taps, z);
-    } else if (tap_sq->scalar_type() != grad_tap_sq.scalar_type()) {
-      grad_tap_sq = torch::stable::to(grad_tap_sq, tap_sq->scalar_type());
-    }
+    grad_tap_sq = per_channel ? sums.row_sq_gradient(*taps, z) : column_sums->added_up(tap_sq->scalar_type());
     if (!per_channel) grad_tap_sq = torch::stable::contiguous(layout.in_order_of_schema(grad_tap_sq, 0));
   }
   return {needs.z ? layout.in_order_of_schema(grad_z) : grad_z, grad_tap_sq,
@@ -771,7 +800,7 @@ std::tuple<Tensor, Tensor, Tensor> tangent_backward(const Tensor& z, const Tenso
   if (needs.z) a.grad_z = matrix_of(grad_z);
   if (needs.companion) a.grad_z_dot = matrix_of(grad_z_dot);
   const BackwardPlan plan(a.rows, a.columns, a.function.per_channel);
-  const PartialSums sums(plan, a.function, ChannelOrder{a.columns}, true, needs.coefficients, false);
+  const PartialSums sums(plan, a.function, ChannelOrder{a.columns}, needs.coefficients, false);
   const KernelTable& table = kernels();
   plan.execute(1 + a.tangents, [&](const Tile& tile, int64_t slab, int64_t split) {
     table.tangent_backward(a, tile, sums.of(slab, split));
