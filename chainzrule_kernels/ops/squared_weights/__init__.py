@@ -1,1 +1,1 @@
-"""The room of the squared weights in front of an activation: see definition.py."""
+"""The room of the squared weights in front of an activation: see README.md, then definition.py."""
