@@ -7,6 +7,7 @@ import functools
 import io
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -292,6 +293,22 @@ def test_activation_functions(name):
     expected = torch.stack([jacobian_sq(lambda s: function(model.linear(s)), sample) for sample in x])
     reg = ck.DREG(model, STRENGTH)
     torch.testing.assert_close(model(x), plain)
+    ((norms,),) = reg.jac_sq().values()
+    torch.testing.assert_close(norms, expected)
+
+
+@pytest.mark.parametrize(
+    "index", [(), ..., None, (np.array([1, 0]), slice(1, 2)), (torch.tensor([1, 0]), slice(1, 2))], ids=str
+)
+def test_what_indexes_that_are_no_slices_take_is_no_part(index):
+    torch.manual_seed(0)
+    model = Calling(lambda z: torch.tanh(z) + torch.tanh(z[index]).sum())
+    model.linear = nn.Linear(3, 4)
+    x = torch.randn(2, 3)
+    plain = model(x)
+    reg = ck.DREG(model, STRENGTH)
+    torch.testing.assert_close(model(x), plain)
+    expected = torch.stack([jacobian_sq(lambda s: torch.tanh(model.linear(s)), sample) for sample in x])
     ((norms,),) = reg.jac_sq().values()
     torch.testing.assert_close(norms, expected)
 

@@ -66,6 +66,15 @@ def test_r12_images_have_the_same_bits_for_any_number_of_threads(
 
 
 @each(SPATIAL)
+def test_images_without_a_position_give_gradients_of_zero(case: Case, device: str) -> None:
+    for positions in (2, 0):  # what the first leaves in memory must not be the second's
+        tensors = case.arguments((5, 17, positions, 3), device=device)
+        gradients = differentiate(case, tensors)[-len(tensors) :]
+    for name, gradient in zip(tensors, gradients, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensors[name])), name
+
+
+@each(SPATIAL)
 def test_results_keep_the_channels_where_the_input_has_them(case: Case, device: str) -> None:
     for shape, arrange, kept in (
         ((2, 5, 3, 4), contiguous, False),

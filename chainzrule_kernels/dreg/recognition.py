@@ -233,10 +233,11 @@ def dimension_of_parts(function: Any, args: tuple[Any, ...], kwargs: dict[str, A
     """
     if function in (Tensor.__getitem__, operator.getitem):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        *before, last = index
-        if not isinstance(last, slice):
+        if not index or not isinstance(index[-1], slice):
             return None
-        if before == [...]:
+        before = index[:-1]
+        # An array would be compared element by element.
+        if len(before) == 1 and before[0] is ...:
             return -1
         return len(before) if all(isinstance(one, slice) and one == slice(None) for one in before) else None
     dimension = args[2] if len(args) > 2 else kwargs.get("dim", 0)

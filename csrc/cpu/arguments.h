@@ -27,6 +27,8 @@ struct ChannelOrder {
   bool outermost = false;  // the positions of a channel side by side, or the channels of a position
 
   int64_t columns() const { return channels * positions; }
+  // Whether a channel has a sum of many columns, or of none, rather than a column of its own.
+  bool sums_columns() const { return positions != 1; }
 };
 
 // r of sum_j f'(z_j)^2 r_j.

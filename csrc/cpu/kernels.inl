@@ -626,7 +626,7 @@ class ParameterSums {
       std::fill_n(lost_, coefficients_ * kLanes<E>, 0.0);
     }
     if (sums_.coefficients && function.per_channel) {
-      if (order.positions > 1) {
+      if (order.sums_columns()) {
         std::fill_n(sums_.coefficients, coefficients_ * channels, 0.0);
       } else {
         for (int k = 0; k < coefficients_; ++k) std::fill_n(total_of(k) + columns.begin(), columns.width(), 0.0);
@@ -637,7 +637,7 @@ class ParameterSums {
     const int64_t count = columns.outermost() ? kChunk<E> : columns.window();
     recent_row_sq_ = AlignedBuffer<E>(count);
     std::fill_n(recent_row_sq_.get(), count, E(0));
-    if (order.positions > 1) {
+    if (order.sums_columns()) {
       std::fill_n(sums_.row_sq, channels, 0.0);
     } else {
       std::fill_n(sums_.row_sq + columns.begin(), columns.width(), 0.0);

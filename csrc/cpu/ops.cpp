@@ -408,13 +408,12 @@ class PartialSums {
               bool wants_row_sq)
       : splits_(plan.splits) {
     const int64_t coefficient_count = function.degree + 1;
-    const bool positions = order.positions > 1;
     if (wants_coefficients) {
-      coefficients_ = {plan, !function.per_channel || positions,
+      coefficients_ = {plan, !function.per_channel || order.sums_columns(),
                        function.per_channel ? coefficient_count * order.channels : coefficient_count};
     }
     if (wants_row_sq) {
-      row_sq_ = {plan, positions, order.channels};
+      row_sq_ = {plan, order.sums_columns(), order.channels};
     }
   }
 
