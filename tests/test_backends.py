@@ -60,7 +60,9 @@ def test_auto_prefers_the_native_kernels(case: Case) -> None:
     assert ck.explain(case.op, **tensors, **case.constants).backend == "cpu"
     with Recorder() as recorder:
         case(tensors)[0].sum().backward()
-    assert len(recorder.own_calls) == 2
+    # That of the squared weights belongs to a room of its own.
+    names = [operator._schema.name.split("::")[1] for operator, _, _ in recorder.own_calls]
+    assert len([name for name in names if not name.startswith("squared_taps")]) == 2
 
 
 def test_blocks_nest_and_end() -> None:

@@ -94,7 +94,7 @@ def tangent_hyperbolic(z, decay):
     r = 1.0 / (1.0 + decay)
     value = hyperbolic_tangent(z, decay)
     # Near 0 the difference loses nothing, and far out the product does not.
-    slope = tl.where(tl.abs(z) < 0.625, 1.0 - value * value, 4.0 * decay * r * r)
+    slope = tl.where(tl.abs(z) < 0.6, 1.0 - value * value, 4.0 * decay * r * r)
     return value, slope, -2.0 * value * slope
 
 

@@ -67,7 +67,7 @@ CHAINZRULE_INLINE Jet<Real> tangent_hyperbolic(Real z, Real decay, Real r) {
   using E = Element<Real>;
   const Real value = hyperbolic_tangent(z, decay, r);
   // Near 0 the difference loses nothing, and far out the product does not.
-  const Real slope = absolute(z) < E(0.625) ? E(1) - value * value : E(4) * decay * r * r;
+  const Real slope = absolute(z) < E(0.6) ? E(1) - value * value : E(4) * decay * r * r;
   return {value, slope, E(-2) * value * slope};
 }
 
