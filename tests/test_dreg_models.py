@@ -1004,11 +1004,12 @@ def test_activation_checkpointing_counts_once(part, attached_to):
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("variant", ["layer", "activation"])
-def test_a_function_inside_a_checkpoint_of_the_same_forward_is_refused(variant):
+def test_a_function_inside_a_checkpoint_of_the_same_forward_is_refused(variant, reentrant):
     # In the backward pass PyTorch's tanh would run, which saves its output where DREG's has saved the input.
     model = Calling(None)
-    model.function = lambda z: checkpoint(lambda z: torch.tanh(z), z, use_reentrant=False)
+    model.function = lambda z: checkpoint(lambda z: torch.tanh(z), z, use_reentrant=reentrant)
     reg = ck.DREG(model, STRENGTH, variant=variant, layers="*")
     with pytest.raises(RuntimeError, match="the forward of a Calling calls tanh inside of a checkpoint"):
         model(torch.randn(2, 3))

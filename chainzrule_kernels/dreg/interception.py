@@ -12,8 +12,9 @@ from __future__ import annotations
 import abc
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -242,6 +243,7 @@ class _FunctionMode(TorchFunctionMode):
         self.records = records
         self.owner = owner
         self._saving = _saving()
+        self._with_gradients = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -266,9 +268,13 @@ class _FunctionMode(TorchFunctionMode):
 
         What PyTorch's own function saves then may pass for what was saved here: of tanh the output, for the input.
         """
-        saving = _saving() if torch.is_grad_enabled() else None
-        is_checkpoint = saving is not None and saving.__module__ == "torch.utils.checkpoint"
-        if is_checkpoint and saving is not self._saving:
+        if torch.is_grad_enabled():
+            saving = _saving()
+            is_new = saving is not None and saving is not self._saving
+            is_checkpoint = is_new and saving.__module__ == "torch.utils.checkpoint"
+        else:
+            is_checkpoint = self._with_gradients and _is_in_reentrant_checkpoint()
+        if is_checkpoint:
             raise RuntimeError(
                 f"DREG: the forward of a {self.owner} calls {name} inside of a checkpoint, which runs it again in the "
                 "backward pass, where DREG does not see it. Give the checkpoint a module that calls the function, or "
@@ -281,6 +287,16 @@ def _saving() -> Callable[[Tensor], Any] | None:
     # A compiled checkpoint is an operator of the graph, functions and all.
     hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    module = sys.modules.get("torch.utils.checkpoint")
+    if module is None or torch.compiler.is_compiling():
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not module.CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def apply_recorded(
