@@ -1004,6 +1004,54 @@ def test_activation_checkpointing_counts_once(part, attached_to):
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("variant", ["layer", "activation"])
+def test_a_function_inside_a_checkpoint_of_the_same_forward_is_refused(variant, reentrant):
+    # In the backward pass PyTorch's tanh would run, which saves its output where DREG's has saved the input.
+    model = Calling(None)
+    model.function = lambda z: checkpoint(lambda z: torch.tanh(z), z, use_reentrant=reentrant)
+    reg = ck.DREG(model, STRENGTH, variant=variant, layers="*")
+    with pytest.raises(RuntimeError, match="the forward of a Calling calls tanh inside of a checkpoint"):
+        model(torch.randn(2, 3))
+    with torch.no_grad(), torch.autograd.graph.save_on_cpu():
+        model(torch.randn(2, 3))
+    reg.remove()
+    whole = Calling(torch.tanh)
+    reg = ck.DREG(whole, STRENGTH, variant=variant)
+    loss = checkpoint(whole, torch.randn(2, 3), use_reentrant=False).sum() + reg.penalty()
+    loss.backward()
+
+
+class Experts(nn.Module):
+    """Two experts, each with the samples that fall to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x):
+        of_second = x[:, 0] > 0
+        result = torch.zeros_like(x)
+        for expert, chosen in zip(self.experts, (~of_second, of_second), strict=True):
+            indices = chosen.nonzero().flatten()
+            result = result.index_add(0, indices, expert(x[indices]))
+        return result
+
+
+def test_compiled_experts_of_any_number_of_samples():
+    torch.manual_seed(0)
+    model = Experts()
+    reg = ck.DREG(model, STRENGTH)
+
+    def step(x):
+        return model(x).square().mean() + reg.penalty()
+
+    run = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for x in (torch.randn(6, 3), torch.randn(9, 3)):
+            torch.testing.assert_close(run(x), step(x))
+
+
 def test_gradient_accumulation_sums_over_the_passes():
     model, _ = built("language model")
     reg = ck.DREG(model, STRENGTH)

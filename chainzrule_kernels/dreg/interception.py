@@ -12,7 +12,9 @@ from __future__ import annotations
 import abc
 import contextlib
 import inspect
-from types import CodeType
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -218,7 +220,7 @@ class WatchingFunctions(Interception):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, its calls of functions watched."""
         _show_hidden_calls()
-        with _FunctionMode(self.records):
+        with _FunctionMode(self.records, type(self.module).__name__):
             return self.original(*args, **kwargs)
 
 
@@ -234,11 +236,14 @@ _hidden_calls_are_shown = False
 
 
 class _FunctionMode(TorchFunctionMode):
-    """Records the calls of activations."""
+    """Records the calls of activations in the forward of a module of the class ``owner``."""
 
-    def __init__(self, records: dict[str, ActivationRecords]) -> None:
+    def __init__(self, records: dict[str, ActivationRecords], owner: str) -> None:
         super().__init__()
         self.records = records
+        self.owner = owner
+        self._saving = _saving()
+        self._with_gradients = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -248,6 +253,7 @@ class _FunctionMode(TorchFunctionMode):
             if records is not None and call is not None and call.kind is not None:
                 y = apply_recorded(records, FixedActivation(call.kind), _first(args, kwargs), call.in_place)
                 if y is not None:
+                    self._refuse_checkpoint(call.name)
                     return y
         elif func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
@@ -256,6 +262,41 @@ class _FunctionMode(TorchFunctionMode):
         elif func in TRANSPARENT_FUNCTIONS or func in OTHER_NORM_FUNCTIONS:
             return call_and_hand_on(func, args, kwargs, func in TRANSPARENT_FUNCTIONS)
         return func(*args, **kwargs)
+
+    def _refuse_checkpoint(self, name: str) -> None:
+        """Raise where a checkpoint has begun since: it will run the function again, and this mode will not be there.
+
+        What PyTorch's own function saves then may pass for what was saved here: of tanh the output, for the input.
+        """
+        if torch.is_grad_enabled():
+            saving = _saving()
+            is_new = saving is not None and saving is not self._saving
+            is_checkpoint = is_new and saving.__module__ == "torch.utils.checkpoint"
+        else:
+            is_checkpoint = self._with_gradients and _is_in_reentrant_checkpoint()
+        if is_checkpoint:
+            raise RuntimeError(
+                f"DREG: the forward of a {self.owner} calls {name} inside of a checkpoint, which runs it again in the "
+                "backward pass, where DREG does not see it. Give the checkpoint a module that calls the function, or "
+                "make the activation a module"
+            )
+
+
+def _saving() -> Callable[[Tensor], Any] | None:
+    """What packs the tensors that are saved for the backward now, if anything does."""
+    # A compiled checkpoint is an operator of the graph, functions and all.
+    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    module = sys.modules.get("torch.utils.checkpoint")
+    if module is None or torch.compiler.is_compiling():
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not module.CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def apply_recorded(

@@ -456,14 +456,22 @@ def _norms_like(groups: list[_Norms], jac_sq: Tensor, factor: float) -> _Norms:
     """The group to which ``jac_sq`` belongs, perhaps a new one."""
     for group in groups:
         first = group.values[0]
-        if group.factor == factor and (first.shape, first.dtype, first.device) == (
-            jac_sq.shape,
-            jac_sq.dtype,
-            jac_sq.device,
-        ):
+        is_alike = (first.dtype, first.device) == (jac_sq.dtype, jac_sq.device)
+        if group.factor == factor and is_alike and _have_one_shape(first, jac_sq):
             return group
     groups.append(_Norms([], factor))
     return groups[-1]
+
+
+def _have_one_shape(one: Tensor, other: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        return one.shape == other.shape
+    # How many samples an expert of a mixture gets is not known to a compiled graph.
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return one.dim() == other.dim() and all(
+        guard_or_false(mine == its) for mine, its in zip(one.shape, other.shape, strict=True)
+    )
 
 
 def _check_mask(mask: Tensor | None, name: str, jac_sq: Tensor) -> None:
