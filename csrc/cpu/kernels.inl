@@ -176,7 +176,8 @@ void backward_chunk(const BackwardChunk<E>& given) {
       V grad_z{};
       if constexpr (kValueGradient) {
         g_y = load(chunk.grad_y + j, extent);
-        grad_z = g_y * jet.slope;
+        // Where relu is flat PyTorch lets no gradient through, an infinite one neither.
+        grad_z = Function::kCurved ? g_y * jet.slope : (jet.slope > E(0) ? g_y : V{});
       }
       if constexpr (kSlopeGradient) {
         if (chunk.grad_derivative) h = load(chunk.grad_derivative + j, extent);
