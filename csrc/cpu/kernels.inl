@@ -69,7 +69,7 @@ template <class Activation, class E>
 struct FixedActivation {
   static constexpr int kDegree = 0;  // no coefficients
   static constexpr bool kPerChannel = false;
-  static constexpr bool kCurved = !std::is_same_v<Activation, Relu>;
+  static constexpr bool kCurved = CHAINZRULE_TARGET::kCurved<Activation>;
 
   FixedActivation(const E*, int64_t) {}
   template <class Extent>
@@ -176,7 +176,6 @@ void backward_chunk(const BackwardChunk<E>& given) {
       V grad_z{};
       if constexpr (kValueGradient) {
         g_y = load(chunk.grad_y + j, extent);
-        // Where relu is flat PyTorch lets no gradient through, an infinite one neither.
         grad_z = Function::kCurved ? g_y * jet.slope : (jet.slope > E(0) ? g_y : V{});
       }
       if constexpr (kSlopeGradient) {

@@ -167,6 +167,13 @@ struct Mish {
   }
 };
 
+// Whether an activation has a curvature. One without lets the gradient of its norm go nowhere, and what arrives where it is flat
+// is not even multiplied by the slope: an infinite gradient, too, is stopped there, as in PyTorch.
+template <class Activation>
+constexpr bool kCurved = true;
+template <>
+inline constexpr bool kCurved<Relu> = false;
+
 // Calls `visit` with an object of every activation, in one fixed order.
 template <class Visitor>
 void for_each_activation(Visitor&& visit) {
