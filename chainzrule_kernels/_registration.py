@@ -44,6 +44,11 @@ def contiguous(inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.contiguous()
 
 
+def as_it_is(inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The output, which the definition, the fake and the derivatives have laid out themselves."""
+    return output
+
+
 class Operator:
     """A registered operator. Calling it with the positional arguments of its schema runs it.
 
@@ -79,6 +84,8 @@ class Operator:
         library.define(schema)
         self.name = schema.split("(")[0]
         self.definition = definition
+        self.vjp = vjp
+        self.jvp = jvp
         self.python_kernel: Definition | None = None
         self.overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         eager_function, self.transformable_function = _differentiable_functions(

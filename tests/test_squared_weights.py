@@ -182,8 +182,8 @@ def test_the_reference_and_the_compiler_get_plain_pytorch(monkeypatch: pytest.Mo
 
     compiled = torch.compile(both, fullgraph=True, backend="eager")
     seen: list[str] = []
-    monkeypatch.setattr(op._operator, "overload", lambda *inputs: seen.append("called"))
-    monkeypatch.setattr(op._operator, "apply_eagerly", lambda *inputs: seen.append("called"))
+    monkeypatch.setattr(op.operators.forward, "overload", lambda *inputs: seen.append("called"))
+    monkeypatch.setattr(op.operators.forward, "apply_eagerly", lambda *inputs: seen.append("called"))
     with ck.backend("reference"):
         torch.testing.assert_close(both(), expected)
     torch.testing.assert_close(compiled(), expected)

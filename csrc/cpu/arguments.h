@@ -31,10 +31,18 @@ struct ChannelOrder {
   bool sums_columns() const { return positions != 1; }
 };
 
+// The rows of a channel's positions, of which many are alike: the windows in the middle of an image have all their taps inside.
+struct RowKinds {
+  int64_t width = 1;  // positions in a row
+  int64_t kinds = 1;
+  const int32_t* kind_of_row = nullptr;
+};
+
 // r of sum_j f'(z_j)^2 r_j.
 struct RowSq {
-  const void* data = nullptr;  // null for 1
-  bool per_channel = true;     // one for each channel, or one for each column
+  const void* data = nullptr;      // null for 1
+  bool per_channel = true;         // for each channel, or for each column
+  const RowKinds* rows = nullptr;  // not null, with per_channel: for each channel, which is outermost, a row of each kind
 };
 
 struct ConstMatrix {
@@ -116,11 +124,11 @@ struct TangentBackward {
   Matrix grad_z_dot;                // contiguous
 };
 
-// Sums of the squares of a weight (K, C, taps): a number for each of the K rows, or for each of their windows.
+// Sums of the squares of a weight (K, C, taps): a number for each of the K units, or for each window of the given rows of windows.
 struct SquaredTaps {
   // One spatial dimension of a convolution.
   struct Dimension {
-    int64_t taps, windows, size, stride, padding, dilation;
+    int64_t taps = 1, windows = 1, size = 1, stride = 1, padding = 0, dilation = 1;
 
     // The windows in which tap t falls inside the image: begin(t), ..., end(t) - 1.
     int64_t begin(int64_t t) const { return first_at(padding - t * dilation); }
@@ -136,32 +144,33 @@ struct SquaredTaps {
       return window < windows ? window : windows;
     }
   };
-  static constexpr int kMaxDimensions = 3;
 
-  DataType type;              // of the weight
-  const void* weight;         // contiguous
-  int64_t columns;            // C * taps
-  int64_t taps;               // of all dimensions; 1 where every tap counts alike
-  int dimensions = 0;         // 0 where every tap counts alike
-  Dimension dimension[kMaxDimensions];
-  const void* grad = nullptr; // compute type, contiguous: of the sums
-  void* result = nullptr;     // the sums in the compute type, or the gradient in the weight's
+  DataType type;                // of the weight
+  const void* weight = nullptr; // contiguous
+  int64_t columns = 1;          // C * taps
+  int64_t outer_taps = 1;       // of all dimensions but the last; 1 where every tap counts alike
+  Dimension along;              // the last dimension
+  int64_t rows = 1;             // rows of windows
+  const char* inside = nullptr; // [row * outer_taps + tap]: whether the tap falls inside the image in all dimensions but the last
+  const void* factors = nullptr; // compute type, null for 1: what the sums of each of the K are multiplied by
+  const void* grad = nullptr;   // compute type, contiguous: of the sums
+  void* result = nullptr;       // the sums in the compute type, or the gradient in the weight's
+  void* factor_gradients = nullptr;  // compute type; null: not wanted
 
-  int64_t windows() const {
-    int64_t count = 1;
-    for (int d = 0; d < dimensions; ++d) count *= dimension[d].windows;
-    return count;
-  }
+  int64_t taps() const { return outer_taps * along.taps; }
+  int64_t windows() const { return rows * along.windows; }
 };
 
 // Where a backward task leaves its sums. The gradient of coefficient k goes to coefficients[k] (shared), or to
-// coefficients[k * channels + c] (per channel); that of row_sq to row_sq[c] or, with one for each column, to row_sq_columns[j].
-// What belongs to the columns of the tile is written; where there are positions, all of coefficients[] and of row_sq[] is. A tile
-// with sums for each column has at most kRowsPerSum rows.
+// coefficients[k * channels + c] (per channel); that of row_sq to row_sq[c], to the place of its column's row_sq among the rows of
+// each kind or, with one for each column, to row_sq_columns[j]. What belongs to the columns of the tile is written; where there are
+// positions, all of coefficients[] and of row_sq[] is, or all that belongs to the tile's channels. A tile with sums for each column
+// has at most kRowsPerSum rows.
 struct GradientSums {
   double* coefficients = nullptr;
   double* row_sq = nullptr;
   void* row_sq_columns = nullptr;  // compute type
+  bool of_own_channels = false;    // the tile has whole channels, outermost, and other tiles write what belongs to the others
 };
 
 // Rows that a backward sums in the compute type before it goes over to double.
@@ -193,5 +202,8 @@ const KernelTable& kernels_avx512();
 
 // The index of an activation's name, or -1.
 int activation_index(const char* name);
+
+// Whether the activation of an index has a curvature, so that its gradient depends on row_sq.
+bool activation_is_curved(int index);
 
 }  // namespace chainzrule

@@ -383,6 +383,7 @@ class TileColumns {
   int64_t end() const { return end_; }
   int64_t width() const { return end_ - begin_; }
   int64_t channels() const { return order_.channels; }
+  int64_t positions() const { return order_.positions; }
   bool outermost() const { return outermost_; }
   int64_t window() const { return window_; }
 
@@ -427,6 +428,32 @@ constexpr int64_t kSkew = 48;
 
 inline int64_t skewed(int64_t width) { return (width + kColumnsPerSum - 1) / kColumnsPerSum * kColumnsPerSum + kSkew; }
 
+// A row of positions, or the part of one that lies in a piece.
+struct RowPart {
+  int64_t kind, column;
+  int64_t offset;  // in the piece
+  int64_t count;
+};
+
+// Calls run for every part of a row in the piece.
+template <class Run>
+CHAINZRULE_INLINE void for_each_row_part(const RowKinds& rows, const Piece& piece, int64_t positions, const Run& run) {
+  const int64_t first = piece.column - piece.channel * positions;
+  int64_t row = first / rows.width;
+  int64_t column = first - row * rows.width;
+  for (int64_t offset = 0; offset < piece.n; ++row, column = 0) {
+    const int64_t count = std::min(rows.width - column, piece.n - offset);
+    run(RowPart{rows.kind_of_row[row], column, offset, count});
+    offset += count;
+  }
+}
+
+// Room for the rows of one chunk, and for a vector that begins at its last element.
+template <class E>
+struct BufferOfRows {
+  alignas(64) E data[kChunk<E> + kLanes<E>];
+};
+
 // The parameters of the channels of a tile, as its chunks read them: copied into the window, side by side with a skew, where
 // the tile is large enough to make that worth while or the window repeats them, and where they lie otherwise.
 template <class E>
@@ -438,6 +465,8 @@ class TileParameters {
         row_sq_(static_cast<const E*>(row_sq.data)),
         coefficient_count_(function.per_channel ? function.degree + 1 : 0),
         row_sq_per_channel_(row_sq.per_channel),
+        row_kinds_(row_sq.rows),
+        positions_(columns.positions()),
         stride_(columns.channels()) {
     if (columns.outermost() || columns.window() == 0) return;
     const bool copies_row_sq = row_sq_ && row_sq_per_channel_;
@@ -472,8 +501,9 @@ class TileParameters {
     return columns_.outermost() ? of_channel_ : coefficients_ + piece.offset;
   }
   int64_t stride() const { return stride_; }
-  const E* row_sq(const Piece& piece) const {
+  const E* row_sq(const Piece& piece) {
     if (!row_sq_) return nullptr;
+    if (row_kinds_) return row_sq_of_positions(piece);
     if (!row_sq_per_channel_) return row_sq_ + piece.column;
     return columns_.outermost() ? row_sq_of_channel_.data : row_sq_ + piece.offset;
   }
@@ -482,9 +512,20 @@ class TileParameters {
   void begin_channel(int64_t channel) {
     channel_ = channel;
     for (int64_t k = 0; k < coefficient_count_; ++k) of_channel_[k] = coefficients_[k * stride_ + channel];
-    if (row_sq_ && row_sq_per_channel_) {
+    if (row_sq_ && row_sq_per_channel_ && !row_kinds_) {
       std::fill_n(row_sq_of_channel_.data, std::min(kChunk<E>, columns_.width()), row_sq_[channel]);
     }
+  }
+
+  // Whole vectors are copied: what stands behind the end of a row is overwritten by the next one, and read by nobody.
+  const E* row_sq_of_positions(const Piece& piece) {
+    const E* of_channel = row_sq_ + piece.channel * row_kinds_->kinds * row_kinds_->width;
+    for_each_row_part(*row_kinds_, piece, positions_, [&](const RowPart& part) __attribute__((always_inline)) {
+      const E* from = of_channel + part.kind * row_kinds_->width + part.column;
+      E* to = row_sq_of_channel_.data + part.offset;
+      for (int64_t i = 0; i < part.count; i += kLanes<E>) store(to + i, load(from + i, Whole{}), Whole{});
+    });
+    return row_sq_of_channel_.data;
   }
 
   const TileColumns& columns_;
@@ -492,10 +533,12 @@ class TileParameters {
   const E* row_sq_;
   const int64_t coefficient_count_;  // for each channel
   const bool row_sq_per_channel_;
+  const RowKinds* const row_kinds_;
+  const int64_t positions_;
   int64_t stride_;
   int64_t channel_ = -1;
   E of_channel_[kMaxDegree + 1];
-  Buffer<E> row_sq_of_channel_;
+  BufferOfRows<E> row_sq_of_channel_;
   AlignedBuffer<E> copy_;
 };
 
@@ -605,14 +648,18 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
 template <class E>
 class ParameterSums {
  public:
-  ParameterSums(const FunctionSpec& function, const ChannelOrder& order, const TileColumns& columns, GradientSums sums)
+  ParameterSums(const FunctionSpec& function, const ChannelOrder& order, const RowKinds* row_kinds, const TileColumns& columns,
+                GradientSums sums)
       : columns_(columns),
         sums_(sums),
+        row_kinds_(row_kinds),
         coefficients_(function.activation >= 0 ? 0 : function.degree + 1),
         lanes_per_channel_(function.per_channel && columns.outermost()),
         window_per_channel_(function.per_channel && !columns.outermost()),
         stride_(skewed(columns.window())) {
     const int64_t channels = columns.channels();
+    const int64_t first = sums.of_own_channels ? columns.begin() / order.positions : 0;
+    const int64_t count = sums.of_own_channels ? columns.width() / order.positions : channels;
     if (std::is_same_v<E, double> && order.positions > 1 && !columns.outermost()) {
       lost_window_ = AlignedBuffer<double>((coefficients_ + 1) * channels);
       std::fill_n(lost_window_.get(), (coefficients_ + 1) * channels, 0.0);
@@ -627,18 +674,19 @@ class ParameterSums {
     }
     if (sums_.coefficients && function.per_channel) {
       if (order.sums_columns()) {
-        std::fill_n(sums_.coefficients, coefficients_ * channels, 0.0);
+        for (int k = 0; k < coefficients_; ++k) std::fill_n(total_of(k) + first, count, 0.0);
       } else {
         for (int k = 0; k < coefficients_; ++k) std::fill_n(total_of(k) + columns.begin(), columns.width(), 0.0);
       }
     }
     if (sums_.row_sq_columns) std::fill_n(columns_of_row_sq(), columns.width(), E(0));
     if (!sums_.row_sq) return;
-    const int64_t count = columns.outermost() ? kChunk<E> : columns.window();
-    recent_row_sq_ = AlignedBuffer<E>(count);
-    std::fill_n(recent_row_sq_.get(), count, E(0));
+    const int64_t room = columns.outermost() ? kChunk<E> + kLanes<E> : columns.window();
+    recent_row_sq_ = AlignedBuffer<E>(room);
+    std::fill_n(recent_row_sq_.get(), room, E(0));
     if (order.sums_columns()) {
-      std::fill_n(sums_.row_sq, channels, 0.0);
+      const int64_t of_channel = row_kinds ? row_kinds->kinds * row_kinds->width : 1;
+      std::fill_n(sums_.row_sq + first * of_channel, count * of_channel, 0.0);
     } else {
       std::fill_n(sums_.row_sq + columns.begin(), columns.width(), 0.0);
     }
@@ -703,7 +751,9 @@ class ParameterSums {
       recent_elements_ += piece.n;
       if (recent_elements_ >= kChunk<E>) flush_lanes();
     }
-    if (sums_.row_sq) {
+    if (sums_.row_sq && row_kinds_) {
+      add_rows(piece);
+    } else if (sums_.row_sq) {
       E* recent = recent_row_sq_.get();
       Vector<E> sum{};
       for_each_vector<E>(0, piece.n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
@@ -712,6 +762,40 @@ class ParameterSums {
       });
       sums_.row_sq[piece.channel] += sum_of_lanes<E>(sum);
     }
+  }
+
+  // The rows of a kind are added up before they go over to double: at most kRowsPerSum of them.
+  void add_rows(const Piece& piece) {
+    const int64_t width = row_kinds_->width;
+    double* of_channel = sums_.row_sq + piece.channel * row_kinds_->kinds * width;
+    E* recent = recent_row_sq_.get();
+    RowPart first{-1, 0, 0, 0};
+    int64_t alike = 0;
+    const auto finish_rows = [&] {
+      if (alike == 0) return;
+      double* total = of_channel + first.kind * width + first.column;
+      // Whole vectors are read: what stands behind the end of a row is not added.
+      for (int64_t i = 0; i < first.count; i += kLanes<E>) {
+        Vector<E> sum{};
+        for (int64_t r = 0; r < alike; ++r) sum += load(recent + first.offset + r * width + i, Whole{});
+        E lanes[kLanes<E>];
+        store(lanes, sum, Whole{});
+        const int64_t there = std::min(kLanes<E>, first.count - i);
+        for (int64_t lane = 0; lane < there; ++lane) total[i + lane] += static_cast<double>(lanes[lane]);
+      }
+    };
+    for_each_row_part(*row_kinds_, piece, columns_.positions(), [&](const RowPart& part) {
+      const bool continues = alike > 0 && alike < kRowsPerSum && part.kind == first.kind && part.count == first.count &&
+                             part.column == 0 && first.column == 0;
+      if (!continues) {
+        finish_rows();
+        first = part;
+        alike = 0;
+      }
+      ++alike;
+    });
+    finish_rows();
+    std::fill_n(recent, piece.n, E(0));
   }
 
   void flush_window() {
@@ -743,6 +827,7 @@ class ParameterSums {
 
   const TileColumns& columns_;
   const GradientSums sums_;
+  const RowKinds* const row_kinds_;
   const int coefficients_;
   const bool lanes_per_channel_;   // channels outermost: a channel's sums are those of its pieces
   const bool window_per_channel_;  // channels innermost: a sum for each column of the window
@@ -766,7 +851,7 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
   const TileColumns columns(a.order, tile,
                             a.function.per_channel || ((a.row_sq.data || wanted.row_sq) && a.row_sq.per_channel));
   TileParameters<E> parameters(a.function, a.row_sq, tile, columns);
-  ParameterSums<E> sums(a.function, a.order, columns, wanted);
+  ParameterSums<E> sums(a.function, a.order, a.row_sq.rows, columns, wanted);
   Buffer<E> z_buffer, grad_y_buffer, grad_derivative_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     const E grad_norm = a.grad_norm ? static_cast<const E*>(a.grad_norm)[row] : E(0);
@@ -819,7 +904,7 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
   const ChunkFunctions<E> functions = chunk_functions<E>(a.function, order);
   const TileColumns columns(order, tile, a.function.per_channel);
   const TileParameters<E> parameters(a.function, RowSq{}, tile, columns);
-  ParameterSums<E> sums(a.function, order, columns, wanted);
+  ParameterSums<E> sums(a.function, order, nullptr, columns, wanted);
   Buffer<E> z_buffer, value_buffer, slope_buffer, z_dot_buffer, grad_y_dot_buffer, grad_z_dot_buffer;
   Buffer<E> grad_y_buffer, grad_slope_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {

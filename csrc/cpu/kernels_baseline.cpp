@@ -27,4 +27,13 @@ int activation_index(const char* name) {
   });
   return found;
 }
+
+bool activation_is_curved(int index) {
+  int current = 0;
+  bool curved = true;
+  target_baseline::for_each_activation([&](auto kind) {
+    if (current++ == index) curved = target_baseline::kCurved<decltype(kind)>;
+  });
+  return curved;
+}
 }  // namespace chainzrule

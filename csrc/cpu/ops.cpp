@@ -40,14 +40,18 @@ constexpr int64_t kFewRows = 32;
 // Rows of a backward slab that keeps a sum for every channel: enough for the sums to be small beside the data.
 constexpr int64_t kRowsPerSlab = 64;
 constexpr int64_t kMaxSlabs = 64;
-// Columns and rows of a tile of images, which have long rows: what is the same for every image then stays in the cache.
-constexpr int64_t kColumnsPerImageTile = 8192;
-constexpr int64_t kImagesPerTile = 8;
+// Columns of a tile of images, which have long rows. Memory is read fastest from one end to the other, page after page.
+constexpr int64_t kColumnsPerImageTile = 65536;
+// Slabs of images that keep sums for every channel.
+constexpr int64_t kSlabsOfImages = 16;
 // A backward that keeps a sum for each column of an image has narrower tiles, for the sums to stay in the cache, and as few
 // slabs of images as threads can do with, since each has its own sums. Not one: the next layer's threads divide the images, too,
 // and each finds its own in its cache.
 constexpr int64_t kColumnsPerSummedTile = 2048;
+constexpr int64_t kImagesPerSummedTile = 8;
 constexpr int64_t kSlabsOfSums = 8;
+// How many rows of an image there must be for each kind of them for sums by kind to be worth it.
+constexpr size_t kRowsOfAKind = 3;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -97,6 +101,10 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
                                            aoti_torch_device_type_cpu(), 0, &result) == 0,
                   "chainzrule_kernels: no memory for a result");
   return Tensor(result);
+}
+
+Tensor in_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
 Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
@@ -204,8 +212,7 @@ class Parameters {
   Parameters(const OptionalTensor& tensor, ScalarType type) {
     if (!tensor) return;
     data_type_of(*tensor);  // refuses what is not floating
-    tensor_ = tensor->scalar_type() == type ? *tensor : torch::stable::to(*tensor, type);
-    tensor_ = torch::stable::contiguous(*tensor_);
+    tensor_ = torch::stable::contiguous(in_type(*tensor, type));
   }
   const void* data() const { return tensor_ ? tensor_->const_data_ptr() : nullptr; }
 
@@ -257,11 +264,11 @@ class Function {
 
 // ---- the forward: tiles of whole rows, or parts of rows where there are few -----------------------------------------
 
-// Whole positions where the channels are innermost, so that the parameters of a tile start with the first channel.
+// Whole channels or, where they are innermost, whole positions, so that the parameters of a tile start with the first channel.
 int64_t columns_per_image_tile(const ChannelOrder& order, int64_t at_most = kColumnsPerImageTile) {
   const int64_t columns = std::min(at_most, std::max<int64_t>(1, order.columns()));
-  if (order.outermost || order.channels == 0) return columns;
-  return std::max<int64_t>(1, columns / order.channels) * order.channels;
+  const int64_t unit = order.outermost ? order.positions : order.channels;
+  return unit == 0 || unit > columns ? columns : columns / unit * unit;
 }
 
 struct ForwardPlan {
@@ -275,7 +282,10 @@ struct ForwardPlan {
   }
   // A row for each image.
   ForwardPlan(int64_t rows, const ChannelOrder& order)
-      : rows(rows), columns(order.columns()), split_width(columns_per_image_tile(order)), rows_per_task(kImagesPerTile) {
+      : rows(rows),
+        columns(order.columns()),
+        split_width(columns_per_image_tile(order)),
+        rows_per_task(std::max<int64_t>(1, kGrain / split_width)) {
     splits = std::max<int64_t>(1, ceil_div(columns, split_width));
     tasks = ceil_div(rows, rows_per_task) * splits;
   }
@@ -362,8 +372,12 @@ std::tuple<Tensor, Tensor, Tensor> dreg_forward(const Tensor& z, const OptionalT
 
 // ---- the backward: slabs of rows, each with its own sums for the parameters ------------------------------------------
 
+// What a backward over images adds up over them.
+enum ImageSums { kNoSums, kForChannels, kForColumns };
+
 struct BackwardPlan {
   int64_t rows, columns, splits, split_width, rows_per_slab, slabs;
+  bool whole_channels = false;  // each split has channels of its own
 
   BackwardPlan(int64_t rows, int64_t columns, bool sums_per_channel) : rows(rows), columns(columns) {
     const int64_t widest = sums_per_channel ? kColumnsPerSum : rows < kFewRows ? kColumnsPerSplit : columns;
@@ -374,13 +388,23 @@ struct BackwardPlan {
     slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
   }
   // A row for each image.
-  BackwardPlan(int64_t rows, const ChannelOrder& order, bool sums_per_column)
+  BackwardPlan(int64_t rows, const ChannelOrder& order, ImageSums sums)
       : rows(rows),
         columns(order.columns()),
-        split_width(columns_per_image_tile(order, sums_per_column ? kColumnsPerSummedTile : kColumnsPerImageTile)) {
+        split_width(columns_per_image_tile(order, sums == kForColumns ? kColumnsPerSummedTile : kColumnsPerImageTile)),
+        whole_channels(order.outermost && split_width % order.positions == 0) {
     splits = std::max<int64_t>(1, ceil_div(columns, split_width));
-    rows_per_slab = std::max(kImagesPerTile, ceil_div(rows, sums_per_column ? kSlabsOfSums : kMaxSlabs));
-    if (sums_per_column) rows_per_slab = std::min(rows_per_slab, kRowsPerSum);
+    switch (sums) {
+      case kNoSums:
+        rows_per_slab = std::max<int64_t>(1, kGrain / split_width);
+        break;
+      case kForChannels:
+        rows_per_slab = std::max<int64_t>(1, ceil_div(rows, kSlabsOfImages));
+        break;
+      case kForColumns:
+        rows_per_slab = std::min(std::max(kImagesPerSummedTile, ceil_div(rows, kSlabsOfSums)), kRowsPerSum);
+        break;
+    }
     slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
   }
 
@@ -404,25 +428,33 @@ struct BackwardPlan {
 // The sums of every slab and split, and the gradients of the parameters that they add up to.
 class PartialSums {
  public:
+  // `row_sq_per_channel` counts the gradients of row_sq that are wanted for each channel.
   PartialSums(const BackwardPlan& plan, const FunctionSpec& function, const ChannelOrder& order, bool wants_coefficients,
-              bool wants_row_sq)
-      : splits_(plan.splits) {
+              int64_t row_sq_per_channel)
+      : splits_(plan.splits), of_own_channels_(plan.whole_channels) {
+    const bool channels_share_splits = order.sums_columns() && !plan.whole_channels;
     const int64_t coefficient_count = function.degree + 1;
     if (wants_coefficients) {
-      coefficients_ = {plan, !function.per_channel || order.sums_columns(),
+      coefficients_ = {plan, !function.per_channel || channels_share_splits,
                        function.per_channel ? coefficient_count * order.channels : coefficient_count};
     }
-    if (wants_row_sq) {
-      row_sq_ = {plan, order.sums_columns(), order.channels};
+    if (row_sq_per_channel > 0) {
+      row_sq_ = {plan, channels_share_splits, row_sq_per_channel * order.channels};
     }
   }
 
   GradientSums of(int64_t slab, int64_t split) const {
-    return {coefficients_.of(slab, split, splits_), row_sq_.of(slab, split, splits_)};
+    return {coefficients_.of(slab, split, splits_), row_sq_.of(slab, split, splits_), nullptr, of_own_channels_};
   }
 
-  Tensor coefficient_gradient(const Tensor& coeffs, const Tensor& z) const { return coefficients_.added_up(coeffs, z); }
-  Tensor row_sq_gradient(const Tensor& row_sq, const Tensor& z) const { return row_sq_.added_up(row_sq, z); }
+  // In the shape and dtype of the parameter; added up in the type in which an op on z computes.
+  Tensor coefficient_gradient(const Tensor& coeffs, const Tensor& z) const {
+    return in_type(coefficients_.added_up(sizes_of(coeffs), compute_type_of(z)), coeffs.scalar_type());
+  }
+  Tensor row_sq_gradient(const Tensor& row_sq, const Tensor& z) const {
+    return in_type(row_sq_gradient(sizes_of(row_sq), compute_type_of(z)), row_sq.scalar_type());
+  }
+  Tensor row_sq_gradient(const std::vector<int64_t>& sizes, ScalarType type) const { return row_sq_.added_up(sizes, type); }
 
  private:
   // The sums for one parameter: of every split of every slab, or of every slab where each split fills its own columns.
@@ -443,9 +475,8 @@ class PartialSums {
       return data ? data.get() + (for_each_split ? slab * splits + split : slab) * count : nullptr;
     }
 
-    // The gradient of `parameter`, in its shape and dtype.
-    Tensor added_up(const Tensor& parameter, const Tensor& z) const {
-      const Tensor result = empty(sizes_of(parameter), compute_type_of(z));
+    Tensor added_up(const std::vector<int64_t>& sizes, ScalarType compute_type) const {
+      const Tensor result = empty(sizes, compute_type);
       void* to = result.mutable_data_ptr();
       const KernelTable& table = kernels();
       const DataType type = data_type_of(result);
@@ -453,12 +484,12 @@ class PartialSums {
       torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         table.sum_slabs(type, data.get(), parts, count, begin, end, to);
       });
-      return result.scalar_type() == parameter.scalar_type() ? result
-                                                              : torch::stable::to(result, parameter.scalar_type());
+      return result;
     }
   };
 
   const int64_t splits_;
+  const bool of_own_channels_;
   Sums coefficients_;
   Sums row_sq_;
 };
@@ -466,10 +497,10 @@ class PartialSums {
 // The sums for each column of every slab, in the compute type, and the gradient that they add up to.
 class ColumnSums {
  public:
-  ColumnSums(const BackwardPlan& plan, const Tensor& parameter, ScalarType compute_type)
+  ColumnSums(const BackwardPlan& plan, const std::vector<int64_t>& sizes, ScalarType compute_type)
       : slabs_(plan.slabs),
         columns_(plan.columns),
-        gradient_(empty(sizes_of(parameter), compute_type)),
+        gradient_(empty(sizes, compute_type)),
         type_(data_type_of(gradient_)),
         bytes_per_slab_(static_cast<size_t>(columns_) * static_cast<size_t>(gradient_.element_size())) {
     if (slabs_ > 1) data_.reset(new std::byte[static_cast<size_t>(slabs_) * bytes_per_slab_]);
@@ -487,7 +518,7 @@ class ColumnSums {
         table.sum_column_slabs(type_, data_.get(), slabs_, columns_, begin, end, to);
       });
     }
-    return gradient_.scalar_type() == type ? gradient_ : torch::stable::to(gradient_, type);
+    return in_type(gradient_, type);
   }
 
  private:
@@ -538,7 +569,7 @@ std::tuple<Tensor, Tensor, Tensor> dreg_backward(const Tensor& z, const Optional
   a.row_sq.data = row_sq_values.data();
   if (needs.z) a.grad_z = matrix_of(grad_z);
   const BackwardPlan plan(rows, a.order.channels, a.function.per_channel || needs.companion);
-  const PartialSums sums(plan, a.function, a.order, needs.coefficients, needs.companion);
+  const PartialSums sums(plan, a.function, a.order, needs.coefficients, needs.companion ? 1 : 0);
   const KernelTable& table = kernels();
   plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) { table.dreg_backward(a, tile, sums.of(slab, split)); });
   return {grad_z, needs.companion ? sums.row_sq_gradient(*row_sq, z) : nothing(z),
@@ -566,6 +597,7 @@ class MapLayout {
   }
 
   const ChannelOrder& order() const { return order_; }
+  bool channels_innermost() const { return innermost_; }
 
   // Maps or, with channel_dimension 0, a parameter (C, *spatial), with its dimensions in the order of memory; and back.
   Tensor in_order_of_memory(const Tensor& tensor, int64_t channel_dimension = 1) const {
@@ -623,14 +655,25 @@ void check_maps(const Tensor& z, const OptionalTensor& tap_sq) {
 
 Matrix image_matrix(const Tensor& maps, const ChannelOrder& order) { return {maps.mutable_data_ptr(), order.columns()}; }
 
+// tap_sq as the kernels take it: in the order of memory and in the compute type.
+class MapWeights {
+ public:
+  MapWeights(const OptionalTensor& tap_sq, const MapLayout& layout, ScalarType type)
+      : per_channel_(!tap_sq || tap_sq->dim() == 1),
+        values_(tap_sq && !per_channel_ ? OptionalTensor(layout.in_order_of_memory(*tap_sq, 0)) : tap_sq, type) {}
+
+  RowSq row_sq() const { return {values_.data(), per_channel_}; }
+  bool per_channel() const { return per_channel_; }
+
+ private:
+  const bool per_channel_;
+  const Parameters values_;
+};
+
 // Fills y, which lies in the order of memory, and where they are given norm and kept_z, which lies like y.
-void run_spatial_forward(const Tensor& z, const MapLayout& layout, const OptionalTensor& tap_sq, const Function& function,
-                         const Tensor& y, const OptionalTensor& norm, const OptionalTensor& kept_z) {
+void run_spatial_forward(const Tensor& z, const MapLayout& layout, const RowSq& row_sq, const Function& function, const Tensor& y,
+                         const OptionalTensor& norm, const OptionalTensor& kept_z) {
   const Images z_images(layout.in_order_of_memory(z));
-  const bool per_channel = !tap_sq || tap_sq->dim() == 1;
-  const Parameters tap_sq_values(
-      tap_sq ? OptionalTensor(per_channel ? *tap_sq : layout.in_order_of_memory(*tap_sq, 0)) : std::nullopt,
-      compute_type_of(z));
   DregForward a{};
   a.type = data_type_of(y);
   a.order = layout.order();
@@ -639,17 +682,23 @@ void run_spatial_forward(const Tensor& z, const MapLayout& layout, const Optiona
   a.z_is_wide = z.scalar_type() == compute_type_of(z);
   a.y = image_matrix(y, a.order);
   if (kept_z) a.kept_z = image_matrix(*kept_z, a.order);
-  a.row_sq = {tap_sq_values.data(), per_channel};
+  a.row_sq = row_sq;
   execute_dreg_forward(a, ForwardPlan(z.size(0), a.order), norm);
+}
+
+std::tuple<Tensor, Tensor> spatial_forward(const Tensor& z, const MapLayout& layout, const RowSq& row_sq,
+                                           const Function& function) {
+  const Tensor y = empty_like_contiguous(layout.in_order_of_memory(z));
+  const Tensor norm = empty({z.size(0)}, compute_type_of(z));
+  run_spatial_forward(z, layout, row_sq, function, y, norm, std::nullopt);
+  return {layout.in_order_of_schema(y), norm};
 }
 
 std::tuple<Tensor, Tensor> spatial_forward(const Tensor& z, const OptionalTensor& tap_sq, const Function& function) {
   check_maps(z, tap_sq);
   const MapLayout layout(z);
-  const Tensor y = empty_like_contiguous(layout.in_order_of_memory(z));
-  const Tensor norm = empty({z.size(0)}, compute_type_of(z));
-  run_spatial_forward(z, layout, tap_sq, function, y, norm, std::nullopt);
-  return {layout.in_order_of_schema(y), norm};
+  const MapWeights weights(tap_sq, layout, compute_type_of(z));
+  return spatial_forward(z, layout, weights.row_sq(), function);
 }
 
 // What follows the convolution of a block of samples, while its sums are in the cache. `s` has the compute type; y and kept_s
@@ -669,31 +718,26 @@ void convolution_block(const Tensor& s, const OptionalTensor& tap_sq, const Tens
     STD_TORCH_CHECK(in_memory.is_contiguous(), "chainzrule_kernels: a result does not lie as the block does");
     return in_memory;
   };
-  run_spatial_forward(s, layout, tap_sq, Function(coeffs, false, s, s.size(1)), where_it_lies(y), jac_sq,
+  const MapWeights weights(tap_sq, layout, s.scalar_type());
+  run_spatial_forward(s, layout, weights.row_sq(), Function(coeffs, false, s, s.size(1)), where_it_lies(y), jac_sq,
                       kept_s ? OptionalTensor(where_it_lies(*kept_s)) : std::nullopt);
 }
 
-// Gradients of z, tap_sq and coeffs (empty where not wanted; coeffs is null for an activation).
-std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const OptionalTensor& tap_sq, const Function& function,
-                                                    const OptionalTensor& coeffs, const OptionalTensor& grad_y,
-                                                    const OptionalTensor& grad_norm, Needs needs) {
-  check_maps(z, tap_sq);
+void check_gradients_of_maps(const Tensor& z, const OptionalTensor& grad_y, const OptionalTensor& grad_norm) {
   check_same_shape("grad_y", grad_y, z);
   check_count("grad_jac_sq", grad_norm, z.size(0));
-  STD_TORCH_CHECK(tap_sq || !needs.companion, "chainzrule_kernels: there is no tap_sq to take a gradient of");
-  const MapLayout layout(z);
+}
+
+// Returns the gradient of z where it is wanted, and leaves the sums of each tile where sums_of(slab, split) says.
+template <class SumsOf>
+Tensor run_spatial_backward(const Tensor& z, const MapLayout& layout, const RowSq& row_sq, const Function& function,
+                            const OptionalTensor& grad_y, const OptionalTensor& grad_norm, bool needs_z,
+                            const BackwardPlan& plan, const SumsOf& sums_of) {
   const Tensor z_in_memory = layout.in_order_of_memory(z);
-  if (!grad_y && !grad_norm) {
-    const auto [grad_z, grad_tap_sq, grad_coeffs] = zero_gradients(z_in_memory, tap_sq, coeffs, needs);
-    return {needs.z ? layout.in_order_of_schema(grad_z) : grad_z, grad_tap_sq, grad_coeffs};
-  }
   const Images z_images(z_in_memory);
   const Images grad_y_images = Images::of(grad_y, layout);
-  const bool per_channel = !tap_sq || tap_sq->dim() == 1;
-  OptionalTensor taps = tap_sq;
-  if (!per_channel) taps = layout.in_order_of_memory(*tap_sq, 0);
-  const Parameters tap_sq_values(taps, compute_type_of(z)), grad_norm_values(grad_norm, compute_type_of(z));
-  const Tensor grad_z = needs.z ? empty_like_contiguous(z_in_memory) : nothing(z);
+  const Parameters grad_norm_values(grad_norm, compute_type_of(z));
+  const Tensor grad_z = needs_z ? empty_like_contiguous(z_in_memory) : nothing(z);
   DregBackward a{};
   a.type = data_type_of(z);
   a.order = layout.order();
@@ -701,26 +745,45 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const Optio
   a.z = z_images.matrix();
   a.grad_y = grad_y_images.matrix();
   a.grad_norm = grad_norm_values.data();
-  a.row_sq = {tap_sq_values.data(), per_channel};
-  if (needs.z) a.grad_z = image_matrix(grad_z, a.order);
-  const bool sums_per_column = needs.companion && !per_channel;
-  const BackwardPlan plan(z.size(0), a.order, sums_per_column);
-  const PartialSums sums(plan, a.function, a.order, needs.coefficients, needs.companion && per_channel);
-  std::optional<ColumnSums> column_sums;
-  if (sums_per_column) column_sums.emplace(plan, *taps, compute_type_of(z));
+  a.row_sq = row_sq;
+  if (needs_z) a.grad_z = image_matrix(grad_z, a.order);
   const KernelTable& table = kernels();
-  plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) {
-    GradientSums wanted = sums.of(slab, split);
-    if (column_sums) wanted.row_sq_columns = column_sums->of(slab);
-    table.dreg_backward(a, tile, wanted);
-  });
-  Tensor grad_tap_sq = nothing(z);
-  if (needs.companion) {
-    grad_tap_sq = per_channel ? sums.row_sq_gradient(*taps, z) : column_sums->added_up(tap_sq->scalar_type());
-    if (!per_channel) grad_tap_sq = torch::stable::contiguous(layout.in_order_of_schema(grad_tap_sq, 0));
+  plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) { table.dreg_backward(a, tile, sums_of(slab, split)); });
+  return needs_z ? layout.in_order_of_schema(grad_z) : grad_z;
+}
+
+// Gradients of z, tap_sq and coeffs (empty where not wanted; coeffs is null for an activation).
+std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const OptionalTensor& tap_sq, const Function& function,
+                                                    const OptionalTensor& coeffs, const OptionalTensor& grad_y,
+                                                    const OptionalTensor& grad_norm, Needs needs) {
+  check_maps(z, tap_sq);
+  check_gradients_of_maps(z, grad_y, grad_norm);
+  STD_TORCH_CHECK(tap_sq || !needs.companion, "chainzrule_kernels: there is no tap_sq to take a gradient of");
+  const MapLayout layout(z);
+  if (!grad_y && !grad_norm) {
+    const auto [grad_z, grad_tap_sq, grad_coeffs] = zero_gradients(layout.in_order_of_memory(z), tap_sq, coeffs, needs);
+    return {needs.z ? layout.in_order_of_schema(grad_z) : grad_z, grad_tap_sq, grad_coeffs};
   }
-  return {needs.z ? layout.in_order_of_schema(grad_z) : grad_z, grad_tap_sq,
-          needs.coefficients ? sums.coefficient_gradient(*coeffs, z) : nothing(z)};
+  const MapWeights weights(tap_sq, layout, compute_type_of(z));
+  const bool sums_per_column = needs.companion && !weights.per_channel();
+  const bool sums_per_channel = needs.companion && weights.per_channel();
+  const bool wants_sums = sums_per_channel || needs.coefficients;
+  const BackwardPlan plan(z.size(0), layout.order(), sums_per_column ? kForColumns : wants_sums ? kForChannels : kNoSums);
+  const PartialSums sums(plan, function.spec(), layout.order(), needs.coefficients, sums_per_channel ? 1 : 0);
+  std::optional<ColumnSums> column_sums;
+  if (sums_per_column) column_sums.emplace(plan, sizes_of(layout.in_order_of_memory(*tap_sq, 0)), compute_type_of(z));
+  const Tensor grad_z = run_spatial_backward(z, layout, weights.row_sq(), function, grad_y, grad_norm, needs.z, plan,
+                                             [&](int64_t slab, int64_t split) {
+                                               GradientSums wanted = sums.of(slab, split);
+                                               if (column_sums) wanted.row_sq_columns = column_sums->of(slab);
+                                               return wanted;
+                                             });
+  Tensor grad_tap_sq = nothing(z);
+  if (sums_per_channel) grad_tap_sq = sums.row_sq_gradient(*tap_sq, z);
+  if (sums_per_column) {
+    grad_tap_sq = torch::stable::contiguous(layout.in_order_of_schema(column_sums->added_up(tap_sq->scalar_type()), 0));
+  }
+  return {grad_z, grad_tap_sq, needs.coefficients ? sums.coefficient_gradient(*coeffs, z) : nothing(z)};
 }
 
 // ---- tangents -----------------------------------------------------------------------------------------------------
@@ -799,7 +862,7 @@ std::tuple<Tensor, Tensor, Tensor> tangent_backward(const Tensor& z, const Tenso
   if (needs.z) a.grad_z = matrix_of(grad_z);
   if (needs.companion) a.grad_z_dot = matrix_of(grad_z_dot);
   const BackwardPlan plan(a.rows, a.columns, a.function.per_channel);
-  const PartialSums sums(plan, a.function, ChannelOrder{a.columns}, needs.coefficients, false);
+  const PartialSums sums(plan, a.function, ChannelOrder{a.columns}, needs.coefficients, 0);
   const KernelTable& table = kernels();
   plan.execute(1 + a.tangents, [&](const Tile& tile, int64_t slab, int64_t split) {
     table.tangent_backward(a, tile, sums.of(slab, split));
@@ -813,22 +876,19 @@ using Integers = std::vector<int64_t>;
 
 // The weight of a convolution (K, C, *window) or of a linear map (K, C), the latter and one whose taps all count alike without
 // `size`; `padding` before and behind in turn.
-class WeightRows {
+class SquaredWeight {
  public:
-  WeightRows(const Tensor& weight, const Integers& size, const Integers& stride, const Integers& padding,
-             const Integers& dilation)
+  SquaredWeight(const Tensor& weight, const Integers& size, const Integers& stride, const Integers& padding,
+                const Integers& dilation)
       : weight_(torch::stable::contiguous(weight)) {
     const auto dimensions = static_cast<int64_t>(size.size());
-    STD_TORCH_CHECK(weight.dim() >= 2 && dimensions <= SquaredTaps::kMaxDimensions &&
-                        (dimensions == 0 || dimensions == weight.dim() - 2) && stride.size() == size.size() &&
+    STD_TORCH_CHECK(weight.dim() >= 2 && (dimensions == 0 || dimensions == weight.dim() - 2) && stride.size() == size.size() &&
                         dilation.size() == size.size() && padding.size() == 2 * size.size(),
                     "chainzrule_kernels: the weight does not fit the sizes");
     arguments_.type = data_type_of(weight);
     arguments_.weight = weight_.const_data_ptr();
-    arguments_.columns = 1;
     for (int64_t i = 1; i < weight.dim(); ++i) arguments_.columns *= weight.size(i);
-    arguments_.taps = 1;
-    arguments_.dimensions = static_cast<int>(dimensions);
+    std::vector<SquaredTaps::Dimension> outer;
     for (int64_t d = 0; d < dimensions; ++d) {
       const auto i = static_cast<size_t>(d);
       const int64_t taps = weight.size(d + 2);
@@ -836,54 +896,219 @@ class WeightRows {
       STD_TORCH_CHECK(stride[i] > 0, "chainzrule_kernels: a stride must be positive");
       const int64_t windows = (size[i] + padding[2 * i] + padding[2 * i + 1] - reach - 1) / stride[i] + 1;
       STD_TORCH_CHECK(windows > 0, "chainzrule_kernels: the window does not fit the image");
-      arguments_.dimension[d] = {taps, windows, size[i], stride[i], padding[2 * i], dilation[i]};
-      arguments_.taps *= taps;
+      sizes_.push_back(windows);
+      outer.push_back({taps, windows, size[i], stride[i], padding[2 * i], dilation[i]});
     }
+    if (dimensions > 0) {
+      arguments_.along = outer.back();
+      outer.pop_back();
+    }
+    find_inside(outer);
+    arguments_.inside = inside_.data();
   }
+  SquaredWeight(SquaredWeight&&) = default;
 
-  SquaredTaps& arguments() { return arguments_; }
+  const SquaredTaps& arguments() const { return arguments_; }
+  const Tensor& weight() const { return weight_; }
 
   // (K, *windows)
   std::vector<int64_t> sizes_of_sums() const {
     std::vector<int64_t> sizes{weight_.size(0)};
-    for (int d = 0; d < arguments_.dimensions; ++d) sizes.push_back(arguments_.dimension[d].windows);
+    sizes.insert(sizes.end(), sizes_.begin(), sizes_.end());
     return sizes;
   }
 
-  // Calls run(begin, end) for ranges of rows, in parallel.
+  // From here on one row for all rows of windows that have the same taps inside. Returns which of them each row was; nothing where
+  // there would be too many of them to be worth it, and the rows stay.
+  std::vector<int32_t> merge_rows() {
+    const auto taps = static_cast<size_t>(arguments_.outer_taps);
+    const auto rows = static_cast<size_t>(arguments_.rows);
+    std::vector<char> of_kinds;
+    std::vector<int32_t> kind_of_row(rows);
+    size_t kinds = 0;
+    for (size_t row = 0; row < rows; ++row) {
+      const char* of_row = inside_.data() + row * taps;
+      size_t kind = 0;
+      while (kind < kinds && !std::equal(of_row, of_row + taps, of_kinds.data() + kind * taps)) ++kind;
+      if (kind == kinds) {
+        of_kinds.insert(of_kinds.end(), of_row, of_row + taps);
+        if (++kinds * kRowsOfAKind > rows) return {};
+      }
+      kind_of_row[row] = static_cast<int32_t>(kind);
+    }
+    arguments_.rows = static_cast<int64_t>(kinds);
+    inside_ = std::move(of_kinds);
+    arguments_.inside = inside_.data();
+    return kind_of_row;
+  }
+
+  // The sums, times factors[k] where there are any, into `result`, which has the compute type.
+  void sum(const void* factors, const Tensor& result) const {
+    SquaredTaps a = arguments_;
+    a.factors = factors;
+    a.result = result.mutable_data_ptr();
+    const KernelTable& table = kernels();
+    execute([&](int64_t begin, int64_t end) { table.squared_taps(a, begin, end); });
+  }
+
+  // The gradients of the weight and, in the compute type, of the factors, where they are not null, for the gradient of the sums.
+  void differentiate(const Tensor& grad, const void* factors, const OptionalTensor& weight_gradient,
+                     const OptionalTensor& factor_gradients) const {
+    SquaredTaps a = arguments_;
+    a.grad = grad.const_data_ptr();
+    a.factors = factors;
+    if (weight_gradient) a.result = weight_gradient->mutable_data_ptr();
+    if (factor_gradients) a.factor_gradients = factor_gradients->mutable_data_ptr();
+    const KernelTable& table = kernels();
+    execute([&](int64_t begin, int64_t end) { table.squared_taps_backward(a, begin, end); });
+  }
+
+ private:
+  // Of every row of windows, the taps of the outer dimensions that are inside in each of them.
+  void find_inside(const std::vector<SquaredTaps::Dimension>& outer) {
+    inside_.assign(1, 1);
+    for (const SquaredTaps::Dimension& dimension : outer) {
+      const std::vector<char> before = std::move(inside_);
+      const int64_t rows = arguments_.rows;
+      const int64_t taps = arguments_.outer_taps;
+      arguments_.rows *= dimension.windows;
+      arguments_.outer_taps *= dimension.taps;
+      inside_.assign(static_cast<size_t>(arguments_.rows * arguments_.outer_taps), 0);
+      for (int64_t t = 0; t < dimension.taps; ++t) {
+        const int64_t end = dimension.end(t);
+        for (int64_t window = dimension.begin(t); window < end; ++window) {
+          for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t tap = 0; tap < taps; ++tap) {
+              const int64_t place = (row * dimension.windows + window) * arguments_.outer_taps + tap * dimension.taps + t;
+              inside_[static_cast<size_t>(place)] = before[static_cast<size_t>(row * taps + tap)];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Calls run(begin, end) for ranges of units, in parallel.
   template <class Run>
   void execute(const Run& run) const {
     const int64_t work = std::max<int64_t>(1, arguments_.columns + arguments_.windows());
     torch::stable::parallel_for(0, weight_.size(0), std::max<int64_t>(1, kGrain / work), run);
   }
 
- private:
   const Tensor weight_;
-  SquaredTaps arguments_{};
+  SquaredTaps arguments_;
+  Integers sizes_;
+  std::vector<char> inside_;
 };
 
 Tensor squared_taps(const Tensor& weight, const Integers& size, const Integers& stride, const Integers& padding,
                     const Integers& dilation) {
-  WeightRows rows(weight, size, stride, padding, dilation);
-  const Tensor result = empty(rows.sizes_of_sums(), compute_type_of(weight));
-  rows.arguments().result = result.mutable_data_ptr();
-  const KernelTable& table = kernels();
-  rows.execute([&](int64_t begin, int64_t end) { table.squared_taps(rows.arguments(), begin, end); });
+  const SquaredWeight squares(weight, size, stride, padding, dilation);
+  const Tensor result = empty(squares.sizes_of_sums(), compute_type_of(weight));
+  squares.sum(nullptr, result);
   return result;
 }
 
 Tensor squared_taps_backward(const Tensor& weight, const Tensor& grad, const Integers& size, const Integers& stride,
                              const Integers& padding, const Integers& dilation) {
-  WeightRows rows(weight, size, stride, padding, dilation);
-  STD_TORCH_CHECK(sizes_of(grad) == rows.sizes_of_sums(), "chainzrule_kernels: grad has the wrong shape");
-  const Tensor sums = torch::stable::contiguous(
-      grad.scalar_type() == compute_type_of(weight) ? grad : torch::stable::to(grad, compute_type_of(weight)));
+  const SquaredWeight squares(weight, size, stride, padding, dilation);
+  STD_TORCH_CHECK(sizes_of(grad) == squares.sizes_of_sums(), "chainzrule_kernels: grad has the wrong shape");
   const Tensor result = empty(sizes_of(weight), weight.scalar_type());
-  rows.arguments().grad = sums.const_data_ptr();
-  rows.arguments().result = result.mutable_data_ptr();
-  const KernelTable& table = kernels();
-  rows.execute([&](int64_t begin, int64_t end) { table.squared_taps_backward(rows.arguments(), begin, end); });
+  squares.differentiate(torch::stable::contiguous(in_type(grad, compute_type_of(weight))), nullptr, result, std::nullopt);
   return result;
+}
+
+// ---- feature maps that a convolution made: its weight in the place of what weights the slopes --------------------------
+
+// The squares of the weight as what weights the slopes of the convolution's maps: for each channel where all taps count alike, for
+// each row of a kind where the rows of the images are of few kinds, and for each column elsewhere.
+class ConvolutionWeights {
+ public:
+  ConvolutionWeights(const Tensor& z, const MapLayout& layout, const OptionalTensor& factor, SquaredWeight squares)
+      : type_(compute_type_of(z)), layout_(layout), squares_(std::move(squares)), factor_(factor, type_) {
+    sizes_ = squares_.sizes_of_sums();
+    const auto sizes = sizes_of(z);
+    STD_TORCH_CHECK(sizes.size() > sizes_.size() && std::equal(sizes_.begin(), sizes_.end(), sizes.begin() + 1) &&
+                        (sizes_.size() == 1 || sizes.size() == sizes_.size() + 1),
+                    "chainzrule_kernels: z is not the result of a convolution with this weight");
+    STD_TORCH_CHECK(compute_type_of(squares_.weight()) == type_, "chainzrule_kernels: the weight has the wrong dtype");
+    check_count("factor", factor, z.size(1));
+    if (sizes_.size() == 1) return;
+    if (layout.order().outermost) kind_of_row_ = squares_.merge_rows();
+    by_kind_ = !kind_of_row_.empty();
+    rows_ = {squares_.arguments().along.windows, squares_.arguments().rows, kind_of_row_.data()};
+  }
+  ConvolutionWeights(const ConvolutionWeights&) = delete;
+
+  bool per_column() const { return sizes_.size() > 1 && !by_kind_; }
+  int64_t sums_per_channel() const { return squares_.arguments().windows(); }
+  std::vector<int64_t> sizes_in_memory() const {
+    auto sizes = sizes_;
+    if (layout_.channels_innermost()) std::rotate(sizes.begin(), sizes.begin() + 1, sizes.end());
+    return sizes;
+  }
+
+  // As the kernels take them.
+  Tensor values() const {
+    // Rows are read in whole vectors, beyond the end of the last one.
+    constexpr int64_t kMostLanes = 64;
+    const Tensor sums = by_kind_ ? empty({sizes_[0] * sums_per_channel() + kMostLanes}, type_) : empty(sizes_, type_);
+    squares_.sum(factor_.data(), sums);
+    return per_column() ? torch::stable::contiguous(layout_.in_order_of_memory(sums, 0)) : sums;
+  }
+  RowSq row_sq(const OptionalTensor& values) const {
+    return {values ? values->const_data_ptr() : nullptr, !per_column(), by_kind_ ? &rows_ : nullptr};
+  }
+
+  // The gradients of the weight and of the factor, where they are not null; `grad` is that of the values, in the order of schema.
+  void differentiate(const Tensor& grad, const OptionalTensor& weight_gradient, const OptionalTensor& factor_gradient) const {
+    squares_.differentiate(grad, factor_.data(), weight_gradient, factor_gradient);
+  }
+
+ private:
+  const ScalarType type_;
+  const MapLayout& layout_;
+  SquaredWeight squares_;
+  const Parameters factor_;
+  std::vector<int64_t> sizes_;  // (K, *windows), or (K) where all taps count alike
+  bool by_kind_ = false;
+  std::vector<int32_t> kind_of_row_;
+  RowKinds rows_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> convolved_backward(const Tensor& z, const MapLayout& layout, const ConvolutionWeights& weights,
+                                                      const Tensor& weight, const OptionalTensor& factor,
+                                                      const Function& function, const OptionalTensor& grad_y,
+                                                      const OptionalTensor& grad_norm, bool needs_z, bool needs_weight,
+                                                      bool needs_factor) {
+  const bool wants_sums = grad_norm && (needs_weight || needs_factor);
+  const bool sums_per_column = wants_sums && weights.per_column();
+  const bool sums_per_channel = wants_sums && !sums_per_column;
+  OptionalTensor values;
+  if (grad_norm && activation_is_curved(function.spec().activation)) values = weights.values();
+  const BackwardPlan plan(z.size(0), layout.order(),
+                          sums_per_column ? kForColumns : sums_per_channel ? kForChannels : kNoSums);
+  const PartialSums sums(plan, function.spec(), layout.order(), false, sums_per_channel ? weights.sums_per_channel() : 0);
+  std::optional<ColumnSums> column_sums;
+  if (sums_per_column) column_sums.emplace(plan, weights.sizes_in_memory(), compute_type_of(z));
+  const Tensor grad_z = run_spatial_backward(z, layout, weights.row_sq(values), function, grad_y, grad_norm, needs_z, plan,
+                                             [&](int64_t slab, int64_t split) {
+                                               GradientSums wanted = sums.of(slab, split);
+                                               if (column_sums) wanted.row_sq_columns = column_sums->of(slab);
+                                               return wanted;
+                                             });
+  if (!wants_sums) {
+    return {grad_z, needs_weight ? torch::stable::new_zeros(weight, sizes_of(weight)) : nothing(z),
+            needs_factor ? torch::stable::new_zeros(*factor, sizes_of(*factor)) : nothing(z)};
+  }
+  const Tensor grad = sums_per_column
+                          ? torch::stable::contiguous(layout.in_order_of_schema(column_sums->added_up(compute_type_of(z)), 0))
+                          : sums.row_sq_gradient({z.size(1) * weights.sums_per_channel()}, compute_type_of(z));
+  OptionalTensor grad_weight, grad_factor;
+  if (needs_weight) grad_weight = empty(sizes_of(weight), weight.scalar_type());
+  if (needs_factor) grad_factor = empty(sizes_of(*factor), compute_type_of(z));
+  weights.differentiate(grad, grad_weight, grad_factor);
+  return {grad_z, needs_weight ? *grad_weight : nothing(z), needs_factor ? in_type(*grad_factor, factor->scalar_type()) : nothing(z)};
 }
 
 // ---- the operators, with the signatures of their schemas ----------------------------------------------------------
@@ -952,6 +1177,35 @@ Two activation_spatial_dreg_backward(const Tensor& z, const OptionalTensor& tap_
   return {dz, dtap_sq};
 }
 
+Two convolved_activation_dreg(const Tensor& z, const Tensor& weight, const OptionalTensor& factor, const Integers& size,
+                              const Integers& stride, const Integers& padding, const Integers& dilation,
+                              const std::string& kind) {
+  check_maps(z, std::nullopt);
+  const MapLayout layout(z);
+  const ConvolutionWeights weights(z, layout, factor, SquaredWeight(weight, size, stride, padding, dilation));
+  const Tensor values = weights.values();
+  return spatial_forward(z, layout, weights.row_sq(values), Function(kind));
+}
+
+Three convolved_activation_dreg_backward(const Tensor& z, const Tensor& weight, const OptionalTensor& factor,
+                                         const OptionalTensor& grad_y, const OptionalTensor& grad_jac_sq, const Integers& size,
+                                         const Integers& stride, const Integers& padding, const Integers& dilation,
+                                         const std::string& kind, bool needs_z, bool needs_weight, bool needs_factor) {
+  check_maps(z, std::nullopt);
+  check_gradients_of_maps(z, grad_y, grad_jac_sq);
+  STD_TORCH_CHECK(factor || !needs_factor, "chainzrule_kernels: there is no factor to take a gradient of");
+  const MapLayout layout(z);
+  const ConvolutionWeights weights(z, layout, factor, SquaredWeight(weight, size, stride, padding, dilation));
+  if (!grad_y && !grad_jac_sq) {
+    const Tensor like = layout.in_order_of_memory(z);
+    return {needs_z ? layout.in_order_of_schema(torch::stable::new_zeros(like, sizes_of(like))) : nothing(z),
+            needs_weight ? torch::stable::new_zeros(weight, sizes_of(weight)) : nothing(z),
+            needs_factor ? torch::stable::new_zeros(*factor, sizes_of(*factor)) : nothing(z)};
+  }
+  return convolved_backward(z, layout, weights, weight, factor, Function(kind), grad_y, grad_jac_sq, needs_z, needs_weight,
+                            needs_factor);
+}
+
 Three polynomial_tangent(const Tensor& z, const Tensor& z_dot, const Tensor& coeffs, bool rectified) {
   check_data(z);
   return tangent_forward(z, z_dot, Function(coeffs, rectified, z));
@@ -992,6 +1246,8 @@ STABLE_TORCH_LIBRARY_IMPL(chainzrule_kernels, CPU, library) {
   library.impl("polynomial_spatial_dreg_backward", TORCH_BOX(&chainzrule::polynomial_spatial_dreg_backward));
   library.impl("activation_spatial_dreg", TORCH_BOX(&chainzrule::activation_spatial_dreg));
   library.impl("activation_spatial_dreg_backward", TORCH_BOX(&chainzrule::activation_spatial_dreg_backward));
+  library.impl("convolved_activation_dreg", TORCH_BOX(&chainzrule::convolved_activation_dreg));
+  library.impl("convolved_activation_dreg_backward", TORCH_BOX(&chainzrule::convolved_activation_dreg_backward));
   library.impl("squared_taps", TORCH_BOX(&chainzrule::squared_taps));
   library.impl("squared_taps_backward", TORCH_BOX(&chainzrule::squared_taps_backward));
   library.impl("_empty_for_results", TORCH_BOX(&chainzrule::empty_for_results));

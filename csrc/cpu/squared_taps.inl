@@ -93,75 +93,49 @@ class SquaredRow {
 };
 
 // From a number for each tap to the sum, for each window, over the taps that fall inside the image; and the transpose of it.
-// One dimension after the other; both arrays are used up.
+// First in rows, then over them; both arrays are used up.
 class Spreading {
  public:
-  explicit Spreading(const SquaredTaps& a) : a_(a) {
-    int64_t room = 1;
-    int64_t inner = 1;
-    for (int d = a.dimensions; d-- > 0;) {
-      inner *= a.dimension[d].windows;
-      int64_t size = inner;
-      for (int e = 0; e < d; ++e) size *= a.dimension[e].taps;
-      room = std::max(room, size);
-    }
-    room = std::max(room, a.taps);
-    from_ = AlignedBuffer<double>(room);
-    to_ = AlignedBuffer<double>(room);
-  }
+  explicit Spreading(const SquaredTaps& a)
+      : a_(a), from_(std::max(a.taps(), a.windows())), to_(a.outer_taps * a.along.windows) {}
 
   // Of the taps, before spread(); of the windows, before gather(); and the results.
   double* data() { return from_.get(); }
 
   void spread() {
-    int64_t inner = 1;
-    for (int d = a_.dimensions; d-- > 0;) {
-      const SquaredTaps::Dimension& along = a_.dimension[d];
-      const int64_t outer = outer_taps(d);
-      std::fill_n(to_.get(), outer * along.windows * inner, 0.0);
-      for (int64_t o = 0; o < outer; ++o) {
-        for (int64_t t = 0; t < along.taps; ++t) {
-          const double* from = from_.get() + (o * along.taps + t) * inner;
-          double* to = to_.get() + o * along.windows * inner;
-          if (inner == 1) {
-            for (int64_t p = along.begin(t); p < along.end(t); ++p) to[p] += *from;
-          } else {
-            for (int64_t p = along.begin(t); p < along.end(t); ++p) add(from, inner, to + p * inner);
-          }
-        }
+    const int64_t width = a_.along.windows;
+    for (int64_t o = 0; o < a_.outer_taps; ++o) {
+      double* to = to_.get() + o * width;
+      std::fill_n(to, width, 0.0);
+      for (int64_t t = 0; t < a_.along.taps; ++t) {
+        const double tap = from_.get()[o * a_.along.taps + t];
+        for (int64_t p = a_.along.begin(t); p < a_.along.end(t); ++p) to[p] += tap;
       }
-      std::swap(from_, to_);
-      inner *= along.windows;
     }
+    std::fill_n(from_.get(), a_.windows(), 0.0);
+    for_each_inside([&](int64_t row, int64_t o) { add(to_.get() + o * width, width, from_.get() + row * width); });
   }
 
   void gather() {
-    int64_t inner = a_.windows();
-    for (int d = 0; d < a_.dimensions; ++d) {
-      const SquaredTaps::Dimension& along = a_.dimension[d];
-      inner /= along.windows;
-      const int64_t outer = outer_taps(d);
-      for (int64_t o = 0; o < outer; ++o) {
-        for (int64_t t = 0; t < along.taps; ++t) {
-          const double* from = from_.get() + o * along.windows * inner;
-          double* to = to_.get() + (o * along.taps + t) * inner;
-          if (inner == 1) {
-            *to = sum(from + along.begin(t), along.end(t) - along.begin(t));
-          } else {
-            std::fill_n(to, inner, 0.0);
-            for (int64_t p = along.begin(t); p < along.end(t); ++p) add(from + p * inner, inner, to);
-          }
-        }
+    const int64_t width = a_.along.windows;
+    std::fill_n(to_.get(), a_.outer_taps * width, 0.0);
+    for_each_inside([&](int64_t row, int64_t o) { add(from_.get() + row * width, width, to_.get() + o * width); });
+    for (int64_t o = 0; o < a_.outer_taps; ++o) {
+      for (int64_t t = 0; t < a_.along.taps; ++t) {
+        const int64_t begin = a_.along.begin(t);
+        from_.get()[o * a_.along.taps + t] = sum(to_.get() + o * width + begin, a_.along.end(t) - begin);
       }
-      std::swap(from_, to_);
     }
   }
 
  private:
-  int64_t outer_taps(int dimension) const {
-    int64_t count = 1;
-    for (int e = 0; e < dimension; ++e) count *= a_.dimension[e].taps;
-    return count;
+  template <class Run>
+  void for_each_inside(const Run& run) const {
+    for (int64_t row = 0; row < a_.rows; ++row) {
+      for (int64_t o = 0; o < a_.outer_taps; ++o) {
+        if (a_.inside[row * a_.outer_taps + o]) run(row, o);
+      }
+    }
   }
   static void add(const double* from, int64_t n, double* to) {
 #pragma omp simd
@@ -179,44 +153,64 @@ class Spreading {
   AlignedBuffer<double> to_;
 };
 
+// factors[k], where there are any.
+template <class E>
+double factor_of(const SquaredTaps& a, int64_t k) {
+  return a.factors ? static_cast<double>(static_cast<const E*>(a.factors)[k]) : 1.0;
+}
+
 template <class S>
 void squared_taps_of(const SquaredTaps& a, int64_t begin, int64_t end) {
   using E = typename ComputeOf<S>::type;
-  SquaredRow<S> squares(a.taps);
+  SquaredRow<S> squares(a.taps());
   Spreading spreading(a);
   const int64_t windows = a.windows();
   for (int64_t k = begin; k < end; ++k) {
     squares.sum(static_cast<const S*>(a.weight) + k * a.columns, a.columns, spreading.data());
     spreading.spread();
+    const double factor = factor_of<E>(a, k);
     E* result = static_cast<E*>(a.result) + k * windows;
-    for (int64_t j = 0; j < windows; ++j) result[j] = static_cast<E>(spreading.data()[j]);
+    for (int64_t j = 0; j < windows; ++j) result[j] = static_cast<E>(factor * spreading.data()[j]);
   }
 }
 
-// grad_w = 2 w g_t, with g_t the sum of the arriving gradients over the windows in which tap t falls inside the image.
+// grad_w = 2 w r g_t, with r the factor and g_t the sum of the arriving gradients over the windows in which tap t falls inside the
+// image; the factor's gradient is the sum of w^2 g_t.
 template <class S>
 void squared_taps_backward_of(const SquaredTaps& a, int64_t begin, int64_t end) {
   using E = typename ComputeOf<S>::type;
+  SquaredRow<S> squares(a.taps());
   Spreading spreading(a);
+  const int64_t taps = a.taps();
   const int64_t windows = a.windows();
-  const int64_t block = taps_block<E>(a.taps);
-  AlignedBuffer<E> factors(block);
+  const int64_t block = taps_block<E>(taps);
+  AlignedBuffer<E> scales(block);
+  AlignedBuffer<double> square_sums(taps);
   Buffer<E> weight_buffer, result_buffer;
   for (int64_t k = begin; k < end; ++k) {
+    const S* row = static_cast<const S*>(a.weight) + k * a.columns;
     const E* grad = static_cast<const E*>(a.grad) + k * windows;
     for (int64_t j = 0; j < windows; ++j) spreading.data()[j] = static_cast<double>(grad[j]);
     spreading.gather();
-    for (int64_t j = 0; j < block; ++j) factors.get()[j] = static_cast<E>(2 * spreading.data()[j % a.taps]);
+    if (a.factor_gradients) {
+      squares.sum(row, a.columns, square_sums.get());
+      double sum = 0;
+      for (int64_t t = 0; t < taps; ++t) sum += square_sums.get()[t] * spreading.data()[t];
+      static_cast<E*>(a.factor_gradients)[k] = static_cast<E>(sum);
+    }
+    if (!a.result) continue;
+    const double factor = factor_of<E>(a, k);
+    for (int64_t j = 0; j < block; ++j) scales.get()[j] = static_cast<E>(2 * factor * spreading.data()[j % taps]);
     for (int64_t first = 0; first < a.columns; first += block) {
       for (int64_t place = 0; place < block && first + place < a.columns; place += kChunk<E>) {
         const int64_t n = std::min({kChunk<E>, block - place, a.columns - first - place});
-        const int64_t column = k * a.columns + first + place;
-        const E* weight = read(static_cast<const S*>(a.weight) + column, n, weight_buffer);
-        S* result = static_cast<S*>(a.result) + column;
+        const int64_t column = first + place;
+        const E* weight = read(row + column, n, weight_buffer);
+        S* result = static_cast<S*>(a.result) + k * a.columns + column;
         E* to = target(result, result_buffer);
-        const E* factor = factors.get() + place;
+        const E* scale = scales.get() + place;
         for_each_vector<E>(0, n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
-          store(to + j, load(weight + j, extent) * load(factor + j, extent), extent);
+          store(to + j, load(weight + j, extent) * load(scale + j, extent), extent);
         });
         finish(result, n, result_buffer);
       }

@@ -12,41 +12,48 @@ from chainzrule_kernels import _distributed, backends
 from chainzrule_kernels._registration import Operator
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.ops._convolution import Geometry, in_dtype
+from chainzrule_kernels.ops._operator_pairs import OperatorPair
 from chainzrule_kernels.ops.squared_weights import definition
 
 
 def squared_row_norms(weight: Tensor, z: Tensor) -> Tensor:
     """:func:`definition.squared_row_norms`, by a kernel where there is one."""
-    if _in_plain_pytorch(weight) or weight.numel() < _WORTH_AN_OPERATOR:
+    if in_plain_pytorch(weight) or weight.numel() < _WORTH_AN_OPERATOR:
         return definition.squared_row_norms(weight, z)
-    return _operator(_for(weight, z), *_EVERYTHING)
+    return _forward_operator(in_dtype_of_op(weight, z), *_EVERYTHING)
 
 
 def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
     """:func:`definition.squared_taps`, by a kernel where there is one."""
-    if _in_plain_pytorch(weight):
+    if in_plain_pytorch(weight):
         return definition.squared_taps(weight, x, where)
+    return _forward_operator(in_dtype_of_op(weight, x), *numbers(x, where))
+
+
+def numbers(x: Tensor, where: Geometry) -> Numbers:
+    """The windows on ``x`` as the operators take them: sizes, strides, padding before and behind in turn, dilation."""
     if not where.padded:
-        return _operator(_for(weight, x), *_EVERYTHING)
-    padding = [size for pair in where.padding for size in pair]
-    size = x.shape[x.dim() - len(where.stride) :]
-    return _operator(_for(weight, x), size, where.stride, padding, where.dilation)
+        return _EVERYTHING
+    padding = tuple(size for pair in where.padding for size in pair)
+    return x.shape[x.dim() - len(where.stride) :], where.stride, padding, where.dilation
 
 
 _WORTH_AN_OPERATOR = 2**16
 """The size of a linear map's weight from which the operator takes less time than the product and the sum of PyTorch: it
 makes two passes less and costs a call from C++ to Python more."""
 
-_EVERYTHING: tuple[tuple[int, ...], ...] = ((), (), (), ())
+Numbers = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+
+_EVERYTHING: Numbers = ((), (), (), ())
 """The sizes, strides, padding and dilation by which every tap counts."""
 
 
-def _in_plain_pytorch(weight: Tensor) -> bool:
+def in_plain_pytorch(weight: Tensor) -> bool:
     """Whether the definition shall run: the compiler makes one kernel of it, and DTensor knows how to split it."""
     return torch.compiler.is_compiling() or backends.wants_plain_pytorch() or not _distributed.is_plain(weight)
 
 
-def _for(weight: Tensor, x: Tensor) -> Tensor:
+def in_dtype_of_op(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in a dtype of which the sums have the one in which an op on ``x`` computes."""
     dtype = compute_dtype(x)
     return weight if compute_dtype(weight) == dtype else in_dtype(weight, dtype)
@@ -126,7 +133,7 @@ def _backward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) ->
 
 
 _WHERE = "int[] size, int[] stride, int[] padding, int[] dilation"
-_operator = Operator(
+_forward_operator = Operator(
     f"squared_taps(Tensor weight, {_WHERE}) -> Tensor",
     definition=_squared,
     fake=_squared_fake,
@@ -140,3 +147,4 @@ _backward_operator = Operator(
     vjp=_backward_vjp,
     jvp=_backward_jvp,
 )
+operators = OperatorPair(_forward_operator, _backward_operator)
