@@ -40,13 +40,15 @@ from chainzrule_kernels.nn.jacobian_record import (
     ActivationRecords,
     FixedActivation,
     ForwardPass,
+    RowSq,
     Source,
     set_source,
     source_of,
     with_versions,
 )
 from chainzrule_kernels.ops._convolution import geometry
-from chainzrule_kernels.ops.squared_weights.op import squared_row_norms, squared_taps
+from chainzrule_kernels.ops.convolved_activation_dreg.op import ConvolutionInFront, convolution_in_front
+from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
 
 
 class Interception(abc.ABC):
@@ -165,13 +167,13 @@ class MarkingLinear(Interception):
         row_sq = _distributed.squared_row_norms_of(module, y) if self.with_norms else None
         set_source(y, self.name, row_sq, None)
 
-    def _row_sq(self, x: Tensor, y: Tensor) -> Tensor:
+    def _row_sq(self, x: Tensor, y: Tensor) -> RowSq:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         if isinstance(self.module, CONVOLUTIONS):
             convolution = self.module
             where = geometry(weight.shape[2:], convolution.stride, convolution.padding, convolution.dilation)
-            return squared_taps(weight, x, where)
+            return convolution_in_front(weight, x, where)
         return squared_row_norms(weight.t() if is_transformers_conv1d(self.module) else weight, y)
 
 
@@ -340,7 +342,7 @@ def _parts(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     is_of_units = dimension % x.dim() == x.dim() - 1 - (source.spatial or 0)
     if not is_of_units and source.spatial is not None:
         return parts
-    rows = source.row_sq if is_of_units else None
+    rows = source.summed_row_sq if is_of_units else None
     if isinstance(parts, Tensor):
         set_source(parts, source.linear, source.row_sq if rows is None else rows[args[1][-1]], source.spatial)
         return parts
@@ -385,9 +387,15 @@ def _batch_norm(
     scale = inverse_sigma.detach().to(source.row_sq.dtype)
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
-    scale = scale.view(-1, *(1,) * (source.row_sq.dim() - 1))
-    set_source(y, source.linear, source.row_sq * scale.square(), source.spatial)
+    set_source(y, source.linear, _times(source.row_sq, scale.square()), source.spatial)
     return y
+
+
+def _times(row_sq: Tensor | ConvolutionInFront, factor: Tensor) -> RowSq:
+    """With the squared row norms of each channel multiplied by one of the numbers ``(C,)``."""
+    if isinstance(row_sq, ConvolutionInFront):
+        return row_sq.times(factor)
+    return row_sq * factor.view(-1, *(1,) * (row_sq.dim() - 1))
 
 
 def _check_channels(input: Tensor, source: Source) -> None:

@@ -32,6 +32,7 @@ from chainzrule_kernels.functions.base import ScalarFunction
 from chainzrule_kernels.functions.polynomial import polynomial_of
 from chainzrule_kernels.ops.activation_dreg.op import activation_dreg
 from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
+from chainzrule_kernels.ops.convolved_activation_dreg.op import ConvolutionInFront
 from chainzrule_kernels.ops.polynomial.op import polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import polynomial_dreg
 from chainzrule_kernels.ops.polynomial_spatial_dreg.op import polynomial_spatial_dreg
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from chainzrule_kernels.dreg.regulariser import DREG
 
 Result = TypeVar("Result")
+RowSq = Tensor | ConvolutionInFront | None
+"""Squared row norms, the convolution whose weight they come from, or None for 1."""
 
 
 class _OwnPasses(threading.local):
@@ -211,16 +214,27 @@ class Source(NamedTuple):
 
     Attributes:
         linear: the name of the linear map.
-        row_sq: its squared row norms ``(N,)``, or for feature maps ``(C,)`` or ``(C, *spatial)``; None for 1.
+        row_sq: its squared row norms ``(N,)``, or for feature maps ``(C,)`` or ``(C, *spatial)``, or what they come
+            from; None for 1.
         spatial: the number of spatial dimensions of a feature map ``(B, C, *spatial)`` or ``(C, *spatial)``; None for
             ``(..., N)``.
         version: of the tensor. A later one means that something has written into it since.
     """
 
     linear: str
-    row_sq: Tensor | None
+    row_sq: RowSq
     spatial: int | None
     version: int
+
+    @property
+    def summed_row_sq(self) -> Tensor | None:
+        """The squared row norms themselves."""
+        return summed(self.row_sq)
+
+
+def summed(row_sq: RowSq) -> Tensor | None:
+    """The squared row norms themselves, where a convolution stands for them."""
+    return row_sq.tap_sq() if isinstance(row_sq, ConvolutionInFront) else row_sq
 
 
 def source_of(value: Any) -> Source | None:
@@ -229,7 +243,7 @@ def source_of(value: Any) -> Source | None:
     return source if source is not None and source.version == _version_of(value) else None
 
 
-def set_source(value: Tensor, linear: str, row_sq: Tensor | None, spatial: int | None) -> None:
+def set_source(value: Tensor, linear: str, row_sq: RowSq, spatial: int | None) -> None:
     """Let a tensor carry its source."""
     value._jacobian_source = Source(linear, row_sq, spatial, _version_of(value))  # type: ignore[attr-defined]
 
@@ -297,8 +311,10 @@ class FixedActivation:
         """``y`` and ``jac_sq`` over the last dimension."""
         return activation_dreg(z, self.kind, row_sq)
 
-    def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+    def with_norm_of_images(self, z: Tensor, tap_sq: RowSq) -> tuple[Tensor, Tensor]:
         """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
+        if isinstance(tap_sq, ConvolutionInFront):
+            return tap_sq.activation_dreg(z, self.kind)
         return activation_spatial_dreg(z, self.kind, tap_sq)
 
 
@@ -322,9 +338,9 @@ class LearnablePolynomial:
         """``y`` and ``jac_sq`` over the last dimension."""
         return polynomial_dreg(z, self.coeffs, row_sq, rectified=self.rectified)
 
-    def with_norm_of_images(self, z: Tensor, tap_sq: Tensor | None) -> tuple[Tensor, Tensor]:
+    def with_norm_of_images(self, z: Tensor, tap_sq: RowSq) -> tuple[Tensor, Tensor]:
         """``y`` and ``jac_sq (B,)`` for ``z (B, C, *spatial)``."""
-        return polynomial_spatial_dreg(z, self.coeffs, tap_sq, rectified=self.rectified)
+        return polynomial_spatial_dreg(z, self.coeffs, summed(tap_sq), rectified=self.rectified)
 
 
 class JacobianRecord:
@@ -363,7 +379,7 @@ class JacobianRecord:
         self,
         function: FixedActivation | LearnablePolynomial,
         z: Tensor,
-        row_sq: Tensor | None,
+        row_sq: RowSq,
         spatial: int | None = None,
         in_place: bool = False,
     ) -> Tensor:
@@ -380,7 +396,7 @@ class JacobianRecord:
         if self.forward_pass.is_silent:
             return function.value(z)
         if spatial is None:
-            y, jac_sq = function.with_norm(z, row_sq)
+            y, jac_sq = function.with_norm(z, summed(row_sq))
             units = z.shape[-1]
         else:
             has_batch = z.dim() > spatial + 1
@@ -390,7 +406,7 @@ class JacobianRecord:
             units = math.prod(z.shape[-1 - spatial :])
         if self.forward_pass.measures_nonlinearity:
             (_, slope) = function.scalar.derivatives(z.to(compute_dtype(z)), 1)
-            self.nonlinearity = _relative_variance(slope, row_sq, spatial)
+            self.nonlinearity = _relative_variance(slope, summed(row_sq), spatial)
         self.add(jac_sq, units)
         return y
 

@@ -43,6 +43,8 @@ struct RowSq {
   const void* data = nullptr;      // null for 1
   bool per_channel = true;         // for each channel, or for each column
   const RowKinds* rows = nullptr;  // not null, with per_channel: for each channel, which is outermost, a row of each kind
+
+  int64_t row_width() const { return rows ? rows->width : 1; }
 };
 
 struct ConstMatrix {
@@ -183,6 +185,8 @@ struct KernelTable {
   const char* instruction_set;
   void (*dreg_forward)(const DregForward&, const Tile&, int64_t split);
   void (*dreg_backward)(const DregBackward&, const Tile&, const GradientSums&);
+  // Whether the two take RowSq::rows of that width; they are then to have whole rows in each tile, and an activation.
+  bool (*takes_rows)(DataType, int64_t width);
   void (*tangent_forward)(const TangentForward&, const Tile&, int64_t split);
   void (*tangent_backward)(const TangentBackward&, const Tile&, const GradientSums&);
   // to[j] = sum over the slabs of from[slab * n + j], in order; `to` has the compute type

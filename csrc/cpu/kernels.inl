@@ -214,6 +214,108 @@ void backward_chunk(const BackwardChunk<E>& given) {
   });
 }
 
+// ---- rows of a map whose row_sq is the same, as behind a convolution in the middle of an image ------------------------------
+
+template <class E>
+struct ForwardRows {
+  const E* z;
+  E* y;
+  const E* row_sq;  // one row
+  int64_t rows;  // at most kRowsPerSum
+  int64_t width;  // at least one vector
+};
+
+template <class E>
+struct BackwardRows {
+  const E* z;
+  const E* grad_y;  // null: absent
+  const E* row_sq;  // one row; not read where the function has no curvature
+  E twice_grad_norm;
+  E* grad_z;     // null: not wanted
+  double* sums;  // one row; null: not wanted
+  int64_t rows;
+  int64_t width;
+};
+
+// Calls body(offsets, first_lane) for the vectors of a row, two at a time so that their sums do not wait for each other; offsets[i]
+// is where vector i begins. The last vector ends with the row: what it shares with the one before, its lanes below first_lane[i],
+// is computed twice and must be summed once.
+template <class E, class Body>
+CHAINZRULE_INLINE void for_each_pair_of_vectors(int64_t width, const Body& body) {
+  const auto offset = [&](int64_t begin) { return std::min(begin, width - kLanes<E>); };
+  int64_t begin = 0;
+  for (; begin + kLanes<E> < width; begin += 2 * kLanes<E>) {
+    const int64_t second = begin + kLanes<E>;
+    const std::array<int64_t, 2> offsets{begin, offset(second)};
+    body(offsets, std::array<int64_t, 2>{0, second - offsets[1]});
+  }
+  if (begin < width) body(std::array<int64_t, 1>{offset(begin)}, std::array<int64_t, 1>{begin - offset(begin)});
+}
+
+// y, and the sum of f'^2 row_sq.
+template <class Function, class E>
+double forward_rows(const ForwardRows<E>& given) {
+  using V = Vector<E>;
+  const ForwardRows<E> rows = given;  // which a store through one of its pointers cannot change
+  const Function function(nullptr, 0);
+  V total{};
+  for_each_pair_of_vectors<E>(rows.width, [&](const auto& offsets, const auto& first_lane) __attribute__((always_inline)) {
+    constexpr int kVectors = std::tuple_size_v<std::decay_t<decltype(offsets)>>;
+    V squares[kVectors] = {};
+    for (int64_t row = 0; row < rows.rows; ++row) {
+      unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+        const int64_t j = row * rows.width + offsets[i];
+        const Jet<V> jet = function.at(j, Whole{}).jet(load(rows.z + j, Whole{}));
+        store(rows.y + j, jet.value, Whole{});
+        squares[i] += jet.slope * jet.slope;
+      });
+    }
+    unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+      total += keep_from(squares[i] * load(rows.row_sq + offsets[i], Whole{}), first_lane[i]);
+    });
+  });
+  return sum_of_lanes<E>(total);
+}
+
+// grad_z = g_y f' + 2 g_s row_sq f' f''; adds g_s f'^2 to the sums.
+template <class Function, class E, bool kValueGradient>
+void backward_rows(const BackwardRows<E>& given) {
+  using V = Vector<E>;
+  const BackwardRows<E> rows = given;
+  const Function function(nullptr, 0);
+  for_each_pair_of_vectors<E>(rows.width, [&](const auto& offsets, const auto& first_lane) __attribute__((always_inline)) {
+    constexpr int kVectors = std::tuple_size_v<std::decay_t<decltype(offsets)>>;
+    V squares[kVectors] = {};
+    V scales[kVectors] = {};
+    if constexpr (Function::kCurved) {
+      unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+        scales[i] = rows.twice_grad_norm * load(rows.row_sq + offsets[i], Whole{});
+      });
+    }
+    for (int64_t row = 0; row < rows.rows; ++row) {
+      unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+        const int64_t j = row * rows.width + offsets[i];
+        const Jet<V> jet = function.at(j, Whole{}).jet(load(rows.z + j, Whole{}));
+        V grad_z{};
+        if constexpr (kValueGradient) {
+          const V grad_y = load(rows.grad_y + j, Whole{});
+          grad_z = Function::kCurved ? grad_y * jet.slope : (jet.slope > E(0) ? grad_y : V{});
+        }
+        if constexpr (Function::kCurved) grad_z += scales[i] * jet.slope * jet.curvature;
+        if (rows.grad_z) store(rows.grad_z + j, grad_z, Whole{});
+        squares[i] += jet.slope * jet.slope;
+      });
+    }
+    if (!rows.sums) return;
+    unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+      E lanes[kLanes<E>];
+      store(lanes, E(0.5) * rows.twice_grad_norm * squares[i], Whole{});
+      double* sums = rows.sums + offsets[i];
+      for (int64_t lane = first_lane[i]; lane < kLanes<E>; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
+    });
+  });
+}
+
 // ---- the choice of the chunk functions ------------------------------------------------------------------------------
 
 enum Gradients { kOfValue, kOfSlope, kOfBoth };
@@ -223,6 +325,9 @@ struct ChunkFunctions {
   double (*value)(const ForwardChunk<E>&);
   double (*value_and_norm)(const ForwardChunk<E>&);
   std::array<void (*)(const BackwardChunk<E>&), 3> backward;  // by Gradients
+  // Of an activation.
+  double (*rows)(const ForwardRows<E>&) = nullptr;
+  std::array<void (*)(const BackwardRows<E>&), 3> backward_rows = {};  // by Gradients
 };
 
 template <class Function, class E>
@@ -247,7 +352,12 @@ ChunkFunctions<E> activation_functions(int activation) {
   ChunkFunctions<E> result{};
   int index = 0;
   for_each_activation([&](auto kind) {
-    if (index++ == activation) result = chunk_functions_of<FixedActivation<decltype(kind), E>, E>();
+    if (index++ == activation) {
+      using Function = FixedActivation<decltype(kind), E>;
+      result = chunk_functions_of<Function, E>();
+      result.rows = forward_rows<Function, E>;
+      result.backward_rows = {nullptr, backward_rows<Function, E, false>, backward_rows<Function, E, true>};
+    }
   });
   return result;
 }
@@ -383,7 +493,6 @@ class TileColumns {
   int64_t end() const { return end_; }
   int64_t width() const { return end_ - begin_; }
   int64_t channels() const { return order_.channels; }
-  int64_t positions() const { return order_.positions; }
   bool outermost() const { return outermost_; }
   int64_t window() const { return window_; }
 
@@ -428,32 +537,6 @@ constexpr int64_t kSkew = 48;
 
 inline int64_t skewed(int64_t width) { return (width + kColumnsPerSum - 1) / kColumnsPerSum * kColumnsPerSum + kSkew; }
 
-// A row of positions, or the part of one that lies in a piece.
-struct RowPart {
-  int64_t kind, column;
-  int64_t offset;  // in the piece
-  int64_t count;
-};
-
-// Calls run for every part of a row in the piece.
-template <class Run>
-CHAINZRULE_INLINE void for_each_row_part(const RowKinds& rows, const Piece& piece, int64_t positions, const Run& run) {
-  const int64_t first = piece.column - piece.channel * positions;
-  int64_t row = first / rows.width;
-  int64_t column = first - row * rows.width;
-  for (int64_t offset = 0; offset < piece.n; ++row, column = 0) {
-    const int64_t count = std::min(rows.width - column, piece.n - offset);
-    run(RowPart{rows.kind_of_row[row], column, offset, count});
-    offset += count;
-  }
-}
-
-// Room for the rows of one chunk, and for a vector that begins at its last element.
-template <class E>
-struct BufferOfRows {
-  alignas(64) E data[kChunk<E> + kLanes<E>];
-};
-
 // The parameters of the channels of a tile, as its chunks read them: copied into the window, side by side with a skew, where
 // the tile is large enough to make that worth while or the window repeats them, and where they lie otherwise.
 template <class E>
@@ -465,8 +548,6 @@ class TileParameters {
         row_sq_(static_cast<const E*>(row_sq.data)),
         coefficient_count_(function.per_channel ? function.degree + 1 : 0),
         row_sq_per_channel_(row_sq.per_channel),
-        row_kinds_(row_sq.rows),
-        positions_(columns.positions()),
         stride_(columns.channels()) {
     if (columns.outermost() || columns.window() == 0) return;
     const bool copies_row_sq = row_sq_ && row_sq_per_channel_;
@@ -501,9 +582,8 @@ class TileParameters {
     return columns_.outermost() ? of_channel_ : coefficients_ + piece.offset;
   }
   int64_t stride() const { return stride_; }
-  const E* row_sq(const Piece& piece) {
+  const E* row_sq(const Piece& piece) const {
     if (!row_sq_) return nullptr;
-    if (row_kinds_) return row_sq_of_positions(piece);
     if (!row_sq_per_channel_) return row_sq_ + piece.column;
     return columns_.outermost() ? row_sq_of_channel_.data : row_sq_ + piece.offset;
   }
@@ -512,20 +592,9 @@ class TileParameters {
   void begin_channel(int64_t channel) {
     channel_ = channel;
     for (int64_t k = 0; k < coefficient_count_; ++k) of_channel_[k] = coefficients_[k * stride_ + channel];
-    if (row_sq_ && row_sq_per_channel_ && !row_kinds_) {
+    if (row_sq_ && row_sq_per_channel_) {
       std::fill_n(row_sq_of_channel_.data, std::min(kChunk<E>, columns_.width()), row_sq_[channel]);
     }
-  }
-
-  // Whole vectors are copied: what stands behind the end of a row is overwritten by the next one, and read by nobody.
-  const E* row_sq_of_positions(const Piece& piece) {
-    const E* of_channel = row_sq_ + piece.channel * row_kinds_->kinds * row_kinds_->width;
-    for_each_row_part(*row_kinds_, piece, positions_, [&](const RowPart& part) __attribute__((always_inline)) {
-      const E* from = of_channel + part.kind * row_kinds_->width + part.column;
-      E* to = row_sq_of_channel_.data + part.offset;
-      for (int64_t i = 0; i < part.count; i += kLanes<E>) store(to + i, load(from + i, Whole{}), Whole{});
-    });
-    return row_sq_of_channel_.data;
   }
 
   const TileColumns& columns_;
@@ -533,12 +602,10 @@ class TileParameters {
   const E* row_sq_;
   const int64_t coefficient_count_;  // for each channel
   const bool row_sq_per_channel_;
-  const RowKinds* const row_kinds_;
-  const int64_t positions_;
   int64_t stride_;
   int64_t channel_ = -1;
   E of_channel_[kMaxDegree + 1];
-  BufferOfRows<E> row_sq_of_channel_;
+  Buffer<E> row_sq_of_channel_;
   AlignedBuffer<E> copy_;
 };
 
@@ -586,6 +653,57 @@ void dreg_forward_tile(const DregForward& a, const Tile& tile, int64_t split) {
       column += n;
     }
     if (wants_norm) put_norm<E>(a.norm, a.norm_partials, row, a.splits, split, norm);
+  }
+}
+
+// Rows of one channel of an image that have the same row_sq.
+struct AlikeRows {
+  int64_t column;  // where they begin, in the image
+  int64_t rows;
+  int64_t place;  // of their row_sq, and of the sums for its gradient
+
+  int64_t elements(const RowKinds& kinds) const { return rows * kinds.width; }
+};
+
+// Calls run for the rows of the tile, which holds whole ones, as many at once as are alike and a buffer for half precision takes.
+template <class S, class Run>
+void for_each_alike_rows(const RowKinds& kinds, const ChannelOrder& order, const Tile& tile, const Run& run) {
+  using E = typename ComputeOf<S>::type;
+  const int64_t rows_of_channel = order.positions / kinds.width;
+  const int64_t room = std::is_same_v<S, E> ? kRowsPerSum : std::min(kRowsPerSum, kChunk<E> / kinds.width);
+  int64_t channel = tile.column_begin / order.positions;
+  int64_t row = (tile.column_begin - channel * order.positions) / kinds.width;
+  for (int64_t column = tile.column_begin; column < tile.column_end;) {
+    const int32_t kind = kinds.kind_of_row[row];
+    const int64_t most = std::min({room, rows_of_channel - row, (tile.column_end - column) / kinds.width});
+    AlikeRows alike{column, 1, (channel * kinds.kinds + kind) * kinds.width};
+    while (alike.rows < most && kinds.kind_of_row[row + alike.rows] == kind) ++alike.rows;
+    run(alike);
+    column += alike.elements(kinds);
+    row += alike.rows;
+    if (row == rows_of_channel) {
+      row = 0;
+      ++channel;
+    }
+  }
+}
+
+template <class S>
+void dreg_forward_rows(const DregForward& a, const Tile& tile, int64_t split) {
+  using E = typename ComputeOf<S>::type;
+  const RowKinds& kinds = *a.row_sq.rows;
+  const auto forward = activation_functions<E>(a.function.activation).rows;
+  Buffer<E> z_buffer, y_buffer;
+  for (int64_t image = tile.row_begin; image < tile.row_end; ++image) {
+    double norm = 0;
+    for_each_alike_rows<S>(kinds, a.order, tile, [&](const AlikeRows& alike) {
+      const int64_t n = alike.elements(kinds);
+      S* y = at<S>(a.y, image, alike.column);
+      norm += forward({read(at<S>(a.z, image, alike.column), n, z_buffer), target(y, y_buffer),
+                       static_cast<const E*>(a.row_sq.data) + alike.place, alike.rows, kinds.width});
+      finish(y, n, y_buffer);
+    });
+    put_norm<E>(a.norm, a.norm_partials, image, a.splits, split, norm);
   }
 }
 
@@ -648,11 +766,9 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
 template <class E>
 class ParameterSums {
  public:
-  ParameterSums(const FunctionSpec& function, const ChannelOrder& order, const RowKinds* row_kinds, const TileColumns& columns,
-                GradientSums sums)
+  ParameterSums(const FunctionSpec& function, const ChannelOrder& order, const TileColumns& columns, GradientSums sums)
       : columns_(columns),
         sums_(sums),
-        row_kinds_(row_kinds),
         coefficients_(function.activation >= 0 ? 0 : function.degree + 1),
         lanes_per_channel_(function.per_channel && columns.outermost()),
         window_per_channel_(function.per_channel && !columns.outermost()),
@@ -681,12 +797,11 @@ class ParameterSums {
     }
     if (sums_.row_sq_columns) std::fill_n(columns_of_row_sq(), columns.width(), E(0));
     if (!sums_.row_sq) return;
-    const int64_t room = columns.outermost() ? kChunk<E> + kLanes<E> : columns.window();
+    const int64_t room = columns.outermost() ? kChunk<E> : columns.window();
     recent_row_sq_ = AlignedBuffer<E>(room);
     std::fill_n(recent_row_sq_.get(), room, E(0));
     if (order.sums_columns()) {
-      const int64_t of_channel = row_kinds ? row_kinds->kinds * row_kinds->width : 1;
-      std::fill_n(sums_.row_sq + first * of_channel, count * of_channel, 0.0);
+      std::fill_n(sums_.row_sq + first, count, 0.0);
     } else {
       std::fill_n(sums_.row_sq + columns.begin(), columns.width(), 0.0);
     }
@@ -751,9 +866,7 @@ class ParameterSums {
       recent_elements_ += piece.n;
       if (recent_elements_ >= kChunk<E>) flush_lanes();
     }
-    if (sums_.row_sq && row_kinds_) {
-      add_rows(piece);
-    } else if (sums_.row_sq) {
+    if (sums_.row_sq) {
       E* recent = recent_row_sq_.get();
       Vector<E> sum{};
       for_each_vector<E>(0, piece.n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
@@ -762,40 +875,6 @@ class ParameterSums {
       });
       sums_.row_sq[piece.channel] += sum_of_lanes<E>(sum);
     }
-  }
-
-  // The rows of a kind are added up before they go over to double: at most kRowsPerSum of them.
-  void add_rows(const Piece& piece) {
-    const int64_t width = row_kinds_->width;
-    double* of_channel = sums_.row_sq + piece.channel * row_kinds_->kinds * width;
-    E* recent = recent_row_sq_.get();
-    RowPart first{-1, 0, 0, 0};
-    int64_t alike = 0;
-    const auto finish_rows = [&] {
-      if (alike == 0) return;
-      double* total = of_channel + first.kind * width + first.column;
-      // Whole vectors are read: what stands behind the end of a row is not added.
-      for (int64_t i = 0; i < first.count; i += kLanes<E>) {
-        Vector<E> sum{};
-        for (int64_t r = 0; r < alike; ++r) sum += load(recent + first.offset + r * width + i, Whole{});
-        E lanes[kLanes<E>];
-        store(lanes, sum, Whole{});
-        const int64_t there = std::min(kLanes<E>, first.count - i);
-        for (int64_t lane = 0; lane < there; ++lane) total[i + lane] += static_cast<double>(lanes[lane]);
-      }
-    };
-    for_each_row_part(*row_kinds_, piece, columns_.positions(), [&](const RowPart& part) {
-      const bool continues = alike > 0 && alike < kRowsPerSum && part.kind == first.kind && part.count == first.count &&
-                             part.column == 0 && first.column == 0;
-      if (!continues) {
-        finish_rows();
-        first = part;
-        alike = 0;
-      }
-      ++alike;
-    });
-    finish_rows();
-    std::fill_n(recent, piece.n, E(0));
   }
 
   void flush_window() {
@@ -827,7 +906,6 @@ class ParameterSums {
 
   const TileColumns& columns_;
   const GradientSums sums_;
-  const RowKinds* const row_kinds_;
   const int coefficients_;
   const bool lanes_per_channel_;   // channels outermost: a channel's sums are those of its pieces
   const bool window_per_channel_;  // channels innermost: a sum for each column of the window
@@ -851,7 +929,7 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
   const TileColumns columns(a.order, tile,
                             a.function.per_channel || ((a.row_sq.data || wanted.row_sq) && a.row_sq.per_channel));
   TileParameters<E> parameters(a.function, a.row_sq, tile, columns);
-  ParameterSums<E> sums(a.function, a.order, a.row_sq.rows, columns, wanted);
+  ParameterSums<E> sums(a.function, a.order, columns, wanted);
   Buffer<E> z_buffer, grad_y_buffer, grad_derivative_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     const E grad_norm = a.grad_norm ? static_cast<const E*>(a.grad_norm)[row] : E(0);
@@ -874,6 +952,33 @@ void dreg_backward_tile(const DregBackward& a, const Tile& tile, const GradientS
     }
   }
   sums.end_tile();
+}
+
+template <class S>
+void dreg_backward_rows(const DregBackward& a, const Tile& tile, const GradientSums& wanted) {
+  using E = typename ComputeOf<S>::type;
+  const RowKinds& kinds = *a.row_sq.rows;
+  const auto backward = activation_functions<E>(a.function.activation).backward_rows[a.grad_y.data ? kOfBoth : kOfSlope];
+  if (wanted.row_sq) {
+    const int64_t first = wanted.of_own_channels ? tile.column_begin / a.order.positions : 0;
+    const int64_t last = wanted.of_own_channels ? tile.column_end / a.order.positions : a.order.channels;
+    const int64_t of_channel = kinds.kinds * kinds.width;
+    std::fill(wanted.row_sq + first * of_channel, wanted.row_sq + last * of_channel, 0.0);
+  }
+  const E* row_sq = static_cast<const E*>(a.row_sq.data);
+  Buffer<E> z_buffer, grad_y_buffer, grad_z_buffer;
+  for (int64_t image = tile.row_begin; image < tile.row_end; ++image) {
+    const E grad_norm = static_cast<const E*>(a.grad_norm)[image];
+    for_each_alike_rows<S>(kinds, a.order, tile, [&](const AlikeRows& alike) {
+      const int64_t n = alike.elements(kinds);
+      const S* grad_y = at<S>(a.grad_y, image, alike.column);
+      S* grad_z = at<S>(a.grad_z, image, alike.column);
+      backward({read(at<S>(a.z, image, alike.column), n, z_buffer), grad_y ? read(grad_y, n, grad_y_buffer) : nullptr,
+                row_sq ? row_sq + alike.place : nullptr, E(2) * grad_norm, target(grad_z, grad_z_buffer),
+                wanted.row_sq ? wanted.row_sq + alike.place : nullptr, alike.rows, kinds.width});
+      finish(grad_z, n, grad_z_buffer);
+    });
+  }
 }
 
 // u = g_t + 2 g_q f' z_dot, the gradient that arrives at the pushed tangent; z_dot's gradient is u f', and f' gets u z_dot.
@@ -904,7 +1009,7 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
   const ChunkFunctions<E> functions = chunk_functions<E>(a.function, order);
   const TileColumns columns(order, tile, a.function.per_channel);
   const TileParameters<E> parameters(a.function, RowSq{}, tile, columns);
-  ParameterSums<E> sums(a.function, order, nullptr, columns, wanted);
+  ParameterSums<E> sums(a.function, order, columns, wanted);
   Buffer<E> z_buffer, value_buffer, slope_buffer, z_dot_buffer, grad_y_dot_buffer, grad_z_dot_buffer;
   Buffer<E> grad_y_buffer, grad_slope_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
@@ -947,10 +1052,25 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
 // ---- the table --------------------------------------------------------------------------------------------------------
 
 inline void dreg_forward(const DregForward& a, const Tile& tile, int64_t split) {
-  with_storage(a.type, [&](auto* s) { dreg_forward_tile<std::remove_pointer_t<decltype(s)>>(a, tile, split); });
+  with_storage(a.type, [&](auto* s) {
+    using S = std::remove_pointer_t<decltype(s)>;
+    a.row_sq.rows ? dreg_forward_rows<S>(a, tile, split) : dreg_forward_tile<S>(a, tile, split);
+  });
 }
 inline void dreg_backward(const DregBackward& a, const Tile& tile, const GradientSums& sums) {
-  with_storage(a.type, [&](auto* s) { dreg_backward_tile<std::remove_pointer_t<decltype(s)>>(a, tile, sums); });
+  with_storage(a.type, [&](auto* s) {
+    using S = std::remove_pointer_t<decltype(s)>;
+    a.row_sq.rows && a.grad_norm ? dreg_backward_rows<S>(a, tile, sums) : dreg_backward_tile<S>(a, tile, sums);
+  });
+}
+// Whether rows of that width are taken at once.
+inline bool takes_rows(DataType type, int64_t width) {
+  bool takes = false;
+  with_storage(type, [&](auto* s) {
+    using E = typename ComputeOf<std::remove_pointer_t<decltype(s)>>::type;
+    takes = width >= kLanes<E> && width <= kChunk<E>;
+  });
+  return takes;
 }
 inline void tangent_forward(const TangentForward& a, const Tile& tile, int64_t split) {
   with_storage(a.type, [&](auto* s) { tangent_forward_tile<std::remove_pointer_t<decltype(s)>>(a, tile, split); });
@@ -993,7 +1113,7 @@ inline void sum_column_slabs(DataType type, const void* from, int64_t slabs, int
 
 namespace chainzrule::CHAINZRULE_TARGET {
 
-constexpr KernelTable kTable{CHAINZRULE_INSTRUCTION_SET, dreg_forward, dreg_backward, tangent_forward,
+constexpr KernelTable kTable{CHAINZRULE_INSTRUCTION_SET, dreg_forward, dreg_backward, takes_rows, tangent_forward,
                              tangent_backward, sum_slabs, sum_column_slabs, squared_taps, squared_taps_backward};
 
 }  // namespace chainzrule::CHAINZRULE_TARGET

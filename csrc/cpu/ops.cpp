@@ -42,8 +42,10 @@ constexpr int64_t kRowsPerSlab = 64;
 constexpr int64_t kMaxSlabs = 64;
 // Columns of a tile of images, which have long rows. Memory is read fastest from one end to the other, page after page.
 constexpr int64_t kColumnsPerImageTile = 65536;
-// Slabs of images that keep sums for every channel.
-constexpr int64_t kSlabsOfImages = 16;
+// Slabs of images that keep sums for every channel, and columns of their tiles: fewer slabs have fewer sums to add up, and narrower
+// tiles still make enough tasks.
+constexpr int64_t kSlabsOfImages = 4;
+constexpr int64_t kColumnsPerTileOfSums = 16384;
 // A backward that keeps a sum for each column of an image has narrower tiles, for the sums to stay in the cache, and as few
 // slabs of images as threads can do with, since each has its own sums. Not one: the next layer's threads divide the images, too,
 // and each finds its own in its cache.
@@ -264,11 +266,13 @@ class Function {
 
 // ---- the forward: tiles of whole rows, or parts of rows where there are few -----------------------------------------
 
-// Whole channels or, where they are innermost, whole positions, so that the parameters of a tile start with the first channel.
-int64_t columns_per_image_tile(const ChannelOrder& order, int64_t at_most = kColumnsPerImageTile) {
-  const int64_t columns = std::min(at_most, std::max<int64_t>(1, order.columns()));
-  const int64_t unit = order.outermost ? order.positions : order.channels;
-  return unit == 0 || unit > columns ? columns : columns / unit * unit;
+// Whole channels or, where they are innermost, whole positions, so that the parameters of a tile start with the first channel; of
+// larger channels whole rows of their positions.
+int64_t columns_per_image_tile(const ChannelOrder& order, int64_t row, int64_t at_most = kColumnsPerImageTile) {
+  int64_t unit = order.outermost ? order.positions : order.channels;
+  if (order.outermost && unit > at_most) unit = row;
+  unit = std::max<int64_t>(1, unit);
+  return std::min(std::max<int64_t>(1, order.columns()), std::max<int64_t>(1, at_most / unit) * unit);
 }
 
 struct ForwardPlan {
@@ -280,11 +284,11 @@ struct ForwardPlan {
     rows_per_task = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, split_width));
     tasks = ceil_div(rows, rows_per_task) * splits;
   }
-  // A row for each image.
-  ForwardPlan(int64_t rows, const ChannelOrder& order)
+  // A row for each image; `row` of its positions are in one tile.
+  ForwardPlan(int64_t rows, const ChannelOrder& order, int64_t row)
       : rows(rows),
         columns(order.columns()),
-        split_width(columns_per_image_tile(order)),
+        split_width(columns_per_image_tile(order, row)),
         rows_per_task(std::max<int64_t>(1, kGrain / split_width)) {
     splits = std::max<int64_t>(1, ceil_div(columns, split_width));
     tasks = ceil_div(rows, rows_per_task) * splits;
@@ -375,6 +379,10 @@ std::tuple<Tensor, Tensor, Tensor> dreg_forward(const Tensor& z, const OptionalT
 // What a backward over images adds up over them.
 enum ImageSums { kNoSums, kForChannels, kForColumns };
 
+int64_t columns_per_tile(ImageSums sums) {
+  return sums == kForColumns ? kColumnsPerSummedTile : sums == kForChannels ? kColumnsPerTileOfSums : kColumnsPerImageTile;
+}
+
 struct BackwardPlan {
   int64_t rows, columns, splits, split_width, rows_per_slab, slabs;
   bool whole_channels = false;  // each split has channels of its own
@@ -387,11 +395,11 @@ struct BackwardPlan {
     rows_per_slab = ceil_div(std::max(unit, ceil_div(rows, kMaxSlabs)), unit) * unit;
     slabs = std::max<int64_t>(1, ceil_div(rows, rows_per_slab));
   }
-  // A row for each image.
-  BackwardPlan(int64_t rows, const ChannelOrder& order, ImageSums sums)
+  // A row for each image; `row` of its positions are in one tile.
+  BackwardPlan(int64_t rows, const ChannelOrder& order, int64_t row, ImageSums sums)
       : rows(rows),
         columns(order.columns()),
-        split_width(columns_per_image_tile(order, sums == kForColumns ? kColumnsPerSummedTile : kColumnsPerImageTile)),
+        split_width(columns_per_image_tile(order, row, columns_per_tile(sums))),
         whole_channels(order.outermost && split_width % order.positions == 0) {
     splits = std::max<int64_t>(1, ceil_div(columns, split_width));
     switch (sums) {
@@ -683,7 +691,7 @@ void run_spatial_forward(const Tensor& z, const MapLayout& layout, const RowSq& 
   a.y = image_matrix(y, a.order);
   if (kept_z) a.kept_z = image_matrix(*kept_z, a.order);
   a.row_sq = row_sq;
-  execute_dreg_forward(a, ForwardPlan(z.size(0), a.order), norm);
+  execute_dreg_forward(a, ForwardPlan(z.size(0), a.order, row_sq.row_width()), norm);
 }
 
 std::tuple<Tensor, Tensor> spatial_forward(const Tensor& z, const MapLayout& layout, const RowSq& row_sq,
@@ -768,7 +776,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const Optio
   const bool sums_per_column = needs.companion && !weights.per_channel();
   const bool sums_per_channel = needs.companion && weights.per_channel();
   const bool wants_sums = sums_per_channel || needs.coefficients;
-  const BackwardPlan plan(z.size(0), layout.order(), sums_per_column ? kForColumns : wants_sums ? kForChannels : kNoSums);
+  const BackwardPlan plan(z.size(0), layout.order(), 1, sums_per_column ? kForColumns : wants_sums ? kForChannels : kNoSums);
   const PartialSums sums(plan, function.spec(), layout.order(), needs.coefficients, sums_per_channel ? 1 : 0);
   std::optional<ColumnSums> column_sums;
   if (sums_per_column) column_sums.emplace(plan, sizes_of(layout.in_order_of_memory(*tap_sq, 0)), compute_type_of(z));
@@ -1034,9 +1042,10 @@ class ConvolutionWeights {
     STD_TORCH_CHECK(compute_type_of(squares_.weight()) == type_, "chainzrule_kernels: the weight has the wrong dtype");
     check_count("factor", factor, z.size(1));
     if (sizes_.size() == 1) return;
-    if (layout.order().outermost) kind_of_row_ = squares_.merge_rows();
+    const int64_t width = squares_.arguments().along.windows;
+    if (layout.order().outermost && kernels().takes_rows(data_type_of(z), width)) kind_of_row_ = squares_.merge_rows();
     by_kind_ = !kind_of_row_.empty();
-    rows_ = {squares_.arguments().along.windows, squares_.arguments().rows, kind_of_row_.data()};
+    rows_ = {width, squares_.arguments().rows, kind_of_row_.data()};
   }
   ConvolutionWeights(const ConvolutionWeights&) = delete;
 
@@ -1050,9 +1059,7 @@ class ConvolutionWeights {
 
   // As the kernels take them.
   Tensor values() const {
-    // Rows are read in whole vectors, beyond the end of the last one.
-    constexpr int64_t kMostLanes = 64;
-    const Tensor sums = by_kind_ ? empty({sizes_[0] * sums_per_channel() + kMostLanes}, type_) : empty(sizes_, type_);
+    const Tensor sums = by_kind_ ? empty({sizes_[0], sums_per_channel()}, type_) : empty(sizes_, type_);
     squares_.sum(factor_.data(), sums);
     return per_column() ? torch::stable::contiguous(layout_.in_order_of_memory(sums, 0)) : sums;
   }
@@ -1086,12 +1093,13 @@ std::tuple<Tensor, Tensor, Tensor> convolved_backward(const Tensor& z, const Map
   const bool sums_per_channel = wants_sums && !sums_per_column;
   OptionalTensor values;
   if (grad_norm && activation_is_curved(function.spec().activation)) values = weights.values();
-  const BackwardPlan plan(z.size(0), layout.order(),
+  const RowSq row_sq = weights.row_sq(values);
+  const BackwardPlan plan(z.size(0), layout.order(), row_sq.row_width(),
                           sums_per_column ? kForColumns : sums_per_channel ? kForChannels : kNoSums);
   const PartialSums sums(plan, function.spec(), layout.order(), false, sums_per_channel ? weights.sums_per_channel() : 0);
   std::optional<ColumnSums> column_sums;
   if (sums_per_column) column_sums.emplace(plan, weights.sizes_in_memory(), compute_type_of(z));
-  const Tensor grad_z = run_spatial_backward(z, layout, weights.row_sq(values), function, grad_y, grad_norm, needs_z, plan,
+  const Tensor grad_z = run_spatial_backward(z, layout, row_sq, function, grad_y, grad_norm, needs_z, plan,
                                              [&](int64_t slab, int64_t split) {
                                                GradientSums wanted = sums.of(slab, split);
                                                if (column_sums) wanted.row_sq_columns = column_sums->of(slab);

@@ -109,7 +109,9 @@ class Spreading {
       std::fill_n(to, width, 0.0);
       for (int64_t t = 0; t < a_.along.taps; ++t) {
         const double tap = from_.get()[o * a_.along.taps + t];
-        for (int64_t p = a_.along.begin(t); p < a_.along.end(t); ++p) to[p] += tap;
+        const int64_t end = a_.along.end(t);
+#pragma omp simd
+        for (int64_t p = a_.along.begin(t); p < end; ++p) to[p] += tap;
       }
     }
     std::fill_n(from_.get(), a_.windows(), 0.0);
@@ -200,7 +202,8 @@ void squared_taps_backward_of(const SquaredTaps& a, int64_t begin, int64_t end) 
     }
     if (!a.result) continue;
     const double factor = factor_of<E>(a, k);
-    for (int64_t j = 0; j < block; ++j) scales.get()[j] = static_cast<E>(2 * factor * spreading.data()[j % taps]);
+    for (int64_t t = 0; t < taps; ++t) scales.get()[t] = static_cast<E>(2 * factor * spreading.data()[t]);
+    for (int64_t j = taps; j < block; ++j) scales.get()[j] = scales.get()[j - taps];
     for (int64_t first = 0; first < a.columns; first += block) {
       for (int64_t place = 0; place < block && first + place < a.columns; place += kChunk<E>) {
         const int64_t n = std::min({kChunk<E>, block - place, a.columns - first - place});

@@ -91,13 +91,23 @@ template <class V>
 CHAINZRULE_INLINE V keep(V x, Whole) {
   return x;
 }
-template <class V>
-CHAINZRULE_INLINE V keep(V x, Part part) {
-  using E = Element<V>;
+template <class E>
+CHAINZRULE_INLINE typename VectorOf<E>::Index lane_numbers() {
   using Index = typename VectorOf<E>::Index;
   Index lanes{};
   for (int64_t lane = 0; lane < kLanes<E>; ++lane) lanes[lane] = static_cast<Element<Index>>(lane);
-  return lanes < static_cast<Element<Index>>(part.count) ? x : V{};
+  return lanes;
+}
+template <class V>
+CHAINZRULE_INLINE V keep(V x, Part part) {
+  using Index = typename VectorOf<Element<V>>::Index;
+  return lane_numbers<Element<V>>() < static_cast<Element<Index>>(part.count) ? x : V{};
+}
+// The vector with zeros below the first lane.
+template <class V>
+CHAINZRULE_INLINE V keep_from(V x, int64_t first) {
+  using Index = typename VectorOf<Element<V>>::Index;
+  return lane_numbers<Element<V>>() >= static_cast<Element<Index>>(first) ? x : V{};
 }
 
 // The sum of the elements, pairwise.
