@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chainzrule_kernels.functions.base import where_rising
+
 
 def _relu(z: Tensor) -> Iterator[Tensor]:
     yield F.relu(z)
@@ -20,6 +22,10 @@ def _relu(z: Tensor) -> Iterator[Tensor]:
     yield torch.where(torch.isnan(z), torch.ones_like(z), torch.relu(torch.sign(z)))
     yield torch.zeros_like(z)
     yield torch.zeros_like(z)
+
+
+_STRAIGHT = frozenset({"relu"})
+"""The kinds without curvature, which are flat for ``z <= 0`` and let nothing through there."""
 
 
 def _bounded(z: Tensor) -> Tensor:
@@ -126,8 +132,13 @@ class Activation:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.curved = kind not in _STRAIGHT
 
     def derivatives(self, z: Tensor, order: int) -> tuple[Tensor, ...]:
         """``(f, f', …, f^(order))`` at ``z``, ``order <= 3``."""
         generator = _DERIVATIVES[self.kind](z)
         return tuple([next(generator) for _ in range(order + 1)])
+
+    def let_through(self, z: Tensor, values: Tensor) -> Tensor:
+        """``values``; of relu 0 where it is flat."""
+        return values if self.curved else where_rising(z, values)

@@ -19,6 +19,21 @@ def compute_dtype(z: Tensor) -> torch.dtype:
 class ScalarFunction(Protocol):
     """A function ``f: R -> R`` applied to every element of ``z (..., N)``, perhaps another one for each channel."""
 
+    curved: bool
+    """False where ``f''`` is zero everywhere: nothing passes through it then, where ``0 · ∞`` would be NaN."""
+
     def derivatives(self, z: Tensor, order: int) -> tuple[Tensor, ...]:
         """``(f(z), f'(z), …, f^(order)(z))`` with ``order <= 3``, each differentiable by autograd."""
         ...
+
+    def let_through(self, z: Tensor, values: Tensor) -> Tensor:
+        """``values``, products with derivatives of ``f`` at ``z``; 0 where relu, if ``f`` has one, is flat.
+
+        Like PyTorch's relu it then selects and does not multiply: a gradient that is infinite or NaN is stopped, too.
+        """
+        ...
+
+
+def where_rising(z: Tensor, values: Tensor) -> Tensor:
+    """``values``, and 0 where relu is flat: for ``z <= 0``, which NaN is not."""
+    return torch.where(z <= 0, 0.0, values)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from chainzrule_kernels.functions.base import where_rising
 from chainzrule_kernels.functions.sums import sum_of_all, sum_over_leading
 
 MAX_DEGREE = 8
@@ -14,6 +15,8 @@ MAX_DEGREE = 8
 
 class Polynomial:
     """``p(z) = c0 + c1 z + … + cD z^D`` with ``coeffs`` of shape ``(D+1,)`` or ``(D+1, N)``, in ascending order."""
+
+    curved = True
 
     def __init__(self, coeffs: Tensor) -> None:
         self.coeffs = coeffs
@@ -26,6 +29,10 @@ class Polynomial:
             coeffs = [power * coefficient for power, coefficient in enumerate(coeffs)][1:]
             results.append(_horner(coeffs, z))
         return tuple(results)
+
+    def let_through(self, z: Tensor, values: Tensor) -> Tensor:
+        """``values``: a polynomial is flat at points alone."""
+        return values
 
     def coefficient_gradient(self, z: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
         """The gradient with respect to ``coeffs`` of ``Σ_i Σ_m weights[m]_i p^(m)(z_i)``.
@@ -62,23 +69,22 @@ class RectifiedPolynomial(Polynomial):
     def derivatives(self, z: Tensor, order: int) -> tuple[Tensor, ...]:
         """``(p, p' 1[z > 0], …, p^(order) 1[z > 0])``, the polynomials taken at ``relu(z)``."""
         value, *derivatives = super().derivatives(torch.relu(z), order)
-        return value, *(_where_rising(z, derivative) for derivative in derivatives)
+        return value, *(where_rising(z, derivative) for derivative in derivatives)
+
+    def let_through(self, z: Tensor, values: Tensor) -> Tensor:
+        """``values`` where relu rises, 0 elsewhere."""
+        return where_rising(z, values)
 
     def coefficient_gradient(self, z: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
         """The same, of ``Σ_i Σ_m weights[m]_i f^(m)(z_i)`` with ``f(z) = p(relu(z))``."""
         of_value, *others = weights
-        of_derivatives = [None if weight is None else _where_rising(z, weight) for weight in others]
+        of_derivatives = [None if weight is None else where_rising(z, weight) for weight in others]
         return super().coefficient_gradient(torch.relu(z), (of_value, *of_derivatives))
 
 
 def polynomial_of(coeffs: Tensor, rectified: bool) -> Polynomial:
     """``p(z)``, or ``p(relu(z))`` where ``rectified``."""
     return RectifiedPolynomial(coeffs) if rectified else Polynomial(coeffs)
-
-
-def _where_rising(z: Tensor, values: Tensor) -> Tensor:
-    # Not `z > 0`, which NaN would not pass.
-    return torch.where(z <= 0, 0.0, values)
 
 
 def _horner(coeffs: Sequence[Tensor], z: Tensor) -> Tensor:

@@ -211,3 +211,26 @@ def function(z, coeffs, KIND: tl.constexpr, DEGREE: tl.constexpr):
         return value, where_rising(z, slope), where_rising(z, curvature)
     else:
         return activation(z, KIND)
+
+
+@triton.jit
+def times_slope(z, values, slope, KIND: tl.constexpr):
+    """``values f'(z)``. Where relu is flat nothing passes, as in PyTorch, what is infinite or NaN neither."""
+    # By relu(z), as in `function`, and by a comparison of its own: masks would stay in registers, too.
+    if KIND == "relu":
+        return where_rising(rectified(z), values)
+    elif KIND == "rectified_polynomial":
+        return where_rising(rectified(z), values * slope)
+    else:
+        return values * slope
+
+
+@triton.jit
+def times_curvature(z, values, curvature, KIND: tl.constexpr):
+    """``values f''(z)``, likewise. Relu has no curvature, and lets nothing pass at all."""
+    if KIND == "relu":
+        return tl.zeros_like(z)
+    elif KIND == "rectified_polynomial":
+        return where_rising(rectified(z), values * curvature)
+    else:
+        return values * curvature

@@ -24,9 +24,9 @@ Optional3 = tuple[Tensor | None, Tensor | None, Tensor | None]
 def backward(function: ScalarFunction, z: Tensor, row_sq: Tensor | None, grads: Optional3) -> Optional3:
     """``(dz, drow_sq, dcoeffs)`` in the compute dtype; ``dcoeffs`` is None for a function without coefficients."""
     g_y, g_s, g_d = _gradients(grads)
-    _, f_1, f_2 = function.derivatives(z, 2)
+    f_1, f_2 = slopes(function, z, 2)
     h = plus(times(2.0, g_s, _or_one(row_sq), f_1), g_d)
-    dz = plus(times(g_y, f_1), times(h, f_2))
+    dz = let_through(function, z, plus(times(g_y, f_1), times(h, f_2)))
     drow_sq = over_batch(times(g_s, f_1, f_1), row_sq)
     dcoeffs = function.coefficient_gradient(z, (g_y, h)) if isinstance(function, Polynomial) else None
     return dz, drow_sq, dcoeffs
@@ -35,10 +35,10 @@ def backward(function: ScalarFunction, z: Tensor, row_sq: Tensor | None, grads: 
 def jvp(function: ScalarFunction, z: Tensor, row_sq: Tensor | None, changes: Optional3) -> Optional3:
     """The tangents of ``(y, jac_sq, derivative)`` along a change of ``(z, row_sq, coeffs)``."""
     z_dot, row_sq_dot, coeffs_dot = changes
-    _, f_1, f_2 = function.derivatives(z, 2)
+    f_1, f_2 = slopes(function, z, 2)
     C_0, C_1, _ = direction(function, coeffs_dot, z, 1)
-    y_dot = plus(times(f_1, z_dot), C_0)
-    f_1_dot = plus(times(f_2, z_dot), C_1)
+    y_dot = plus(let_through(function, z, times(f_1, z_dot)), C_0)
+    f_1_dot = plus(let_through(function, z, times(f_2, z_dot)), C_1)
     jac_sq_dot = over_channels(plus(times(2.0, _or_one(row_sq), f_1, f_1_dot), times(row_sq_dot, f_1, f_1)))
     return y_dot, jac_sq_dot, f_1_dot
 
@@ -50,17 +50,18 @@ def backward_vjp(
     g_y, g_s, g_d = _gradients(grads)
     a, e, b = cotangents
     r = _or_one(row_sq)
-    _, f_1, f_2, f_3 = function.derivatives(z, 3)
+    f_1, f_2, f_3 = slopes(function, z, 3)
     B_0, B_1, B_2 = direction(function, b, z, 2)
     h = plus(times(2.0, g_s, r, f_1), g_d)
-    at_value = plus(times(a, f_1), B_0)
-    at_slope = plus(times(a, f_2), B_1)
+    at_value = plus(let_through(function, z, times(a, f_1)), B_0)
+    at_slope = plus(let_through(function, z, times(a, f_2)), B_1)
     dz = plus(
         times(g_y, at_slope),
         times(2.0, g_s, r, f_2, at_slope),
         times(h, plus(times(a, f_3), B_2)),
         times(2.0, g_s, e, f_1, f_2),
     )
+    dz = let_through(function, z, dz)
     drow_sq = over_batch(times(2.0, g_s, f_1, at_slope), row_sq)
     dcoeffs = None
     if isinstance(function, Polynomial):
@@ -83,19 +84,31 @@ def backward_jvp(
     g_y_dot, g_s_dot, g_d_dot = _gradients(grads_changes)
     z_dot, row_sq_dot, coeffs_dot = changes
     r = _or_one(row_sq)
-    _, f_1, f_2, f_3 = function.derivatives(z, 3)
+    f_1, f_2, f_3 = slopes(function, z, 3)
     _, C_1, C_2 = direction(function, coeffs_dot, z, 2)
-    f_1_dot = plus(times(f_2, z_dot), C_1)
+    f_1_dot = plus(let_through(function, z, times(f_2, z_dot)), C_1)
     f_2_dot = plus(times(f_3, z_dot), C_2)
     h = plus(times(2.0, g_s, r, f_1), g_d)
     h_dot = plus(times(2.0, g_s_dot, r, f_1), times(2.0, g_s, row_sq_dot, f_1), times(2.0, g_s, r, f_1_dot), g_d_dot)
     dz_dot = plus(times(g_y_dot, f_1), times(g_y, f_1_dot), times(h_dot, f_2), times(h, f_2_dot))
+    dz_dot = let_through(function, z, dz_dot)
     drow_sq_dot = over_batch(plus(times(g_s_dot, f_1, f_1), times(2.0, g_s, f_1, f_1_dot)), row_sq)
     dcoeffs_dot = None
     if isinstance(function, Polynomial):
         weights = (g_y_dot, plus(times(g_y, z_dot), h_dot), times(h, z_dot))
         dcoeffs_dot = function.coefficient_gradient(z, weights)
     return dz_dot, drow_sq_dot, dcoeffs_dot
+
+
+def slopes(function: ScalarFunction, z: Tensor, order: int) -> tuple[Tensor | None, ...]:
+    """``(f', …, f^(order))`` at ``z``; those of a function without curvature are absent from ``f''`` on, not zero."""
+    _, slope, *others = function.derivatives(z, order)
+    return slope, *(others if function.curved else [None] * len(others))
+
+
+def let_through(function: ScalarFunction, z: Tensor, term: Tensor | None) -> Tensor | None:
+    """The term, in which every product has a derivative at ``z``: zero where the function lets nothing through."""
+    return None if term is None else function.let_through(z, term)
 
 
 def direction(function: ScalarFunction, coeffs: Tensor | None, z: Tensor, order: int) -> Optional3:

@@ -218,7 +218,7 @@ def put_gradient(
         COLUMNS, SHIFTED, COMPUTE,
     )  # fmt: skip
     if grad_z_pointer is not None:
-        grad_z = gradient_of_z(at_value, h, slope, curvature, OF_VALUE, OF_SLOPE)
+        grad_z = gradient_of_z(z, at_value, h, slope, curvature, OF_VALUE, OF_SLOPE, KIND)
         tl.store(grad_z_pointer + offset, grad_z.to(grad_z_pointer.dtype.element_ty), mask=store)
     if SUMS:
         if SHIFTED:

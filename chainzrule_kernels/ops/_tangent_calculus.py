@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from chainzrule_kernels.functions import Polynomial, ScalarFunction
-from chainzrule_kernels.ops._dreg_calculus import Optional3, direction
+from chainzrule_kernels.ops._dreg_calculus import Optional3, direction, let_through, slopes
 from chainzrule_kernels.ops._terms import column, over_channels, over_tangents, plus, times
 
 
@@ -25,12 +25,12 @@ def backward(
 ) -> Optional3:
     """``(dz, dz_dot, dcoeffs)`` in the compute dtype; ``dcoeffs`` is None for a function without coefficients."""
     g_y, g_t, g_q = _gradients(grads)
-    _, f_1, f_2 = function.derivatives(z, 2)
+    f_1, f_2 = slopes(function, z, 2)
     u = plus(g_t, times(2.0, g_q, f_1, z_dot))
     v = over_tangents(times(u, z_dot))
-    dz = plus(times(g_y, f_1), times(v, f_2))
+    dz = let_through(function, z, plus(times(g_y, f_1), times(v, f_2)))
     dcoeffs = function.coefficient_gradient(z, (g_y, v)) if isinstance(function, Polynomial) else None
-    return dz, times(u, f_1), dcoeffs
+    return dz, let_through(function, z, times(u, f_1)), dcoeffs
 
 
 def jvp(
@@ -41,12 +41,13 @@ def jvp(
 ) -> Optional3:
     """The changes of ``(y, y_dot, tangent_sq)`` along a change of ``(z, z_dot, coeffs)``."""
     dz, dz_dot, dcoeffs = changes
-    _, f_1, f_2 = function.derivatives(z, 2)
+    f_1, f_2 = slopes(function, z, 2)
     C_0, C_1, _ = direction(function, dcoeffs, z, 1)
-    dy = plus(times(f_1, dz), C_0)
+    dy = plus(let_through(function, z, times(f_1, dz)), C_0)
     df_1 = plus(times(f_2, dz), C_1)
-    dy_dot = plus(times(df_1, z_dot), times(f_1, dz_dot))
-    return dy, dy_dot, over_channels(times(2.0, f_1, z_dot, dy_dot))
+    dy_dot = let_through(function, z, plus(times(df_1, z_dot), times(f_1, dz_dot)))
+    y_dot = let_through(function, z, times(f_1, z_dot))
+    return dy, dy_dot, over_channels(times(2.0, y_dot, dy_dot))
 
 
 def backward_vjp(
@@ -55,13 +56,13 @@ def backward_vjp(
     """The gradients of ``S`` with respect to ``(z, z_dot, coeffs, grad_y, grad_y_dot, grad_tangent_sq)``."""
     g_y, g_t, g_q = _gradients(grads)
     a, b, c = cotangents
-    _, f_1, f_2, f_3 = function.derivatives(z, 3)
+    f_1, f_2, f_3 = slopes(function, z, 3)
     B_0, B_1, B_2 = direction(function, c, z, 2)
     u = plus(g_t, times(2.0, g_q, f_1, z_dot))
     v = over_tangents(times(u, z_dot))
-    at_value = plus(times(a, f_1), B_0)
+    at_value = plus(let_through(function, z, times(a, f_1)), B_0)
     at_slope = plus(times(a, f_2), B_1)
-    at_tangent = plus(times(at_slope, z_dot), times(b, f_1))  # dS/du_t
+    at_tangent = let_through(function, z, plus(times(at_slope, z_dot), times(b, f_1)))  # dS/du_t
     at_square = times(2.0, g_q, z_dot, at_tangent)  # dS/df' through u
     dz = plus(
         times(g_y, at_slope),
@@ -69,12 +70,14 @@ def backward_vjp(
         over_tangents(times(b, u, f_2)),
         over_tangents(times(at_square, f_2)),
     )
-    dz_dot = plus(times(u, at_slope), times(2.0, g_q, f_1, at_tangent))
+    dz = let_through(function, z, dz)
+    dz_dot = let_through(function, z, plus(times(u, at_slope), times(2.0, g_q, f_1, at_tangent)))
     dcoeffs = None
     if isinstance(function, Polynomial):
         slope_weight = plus(times(g_y, a), over_tangents(times(b, u)), over_tangents(at_square))
         dcoeffs = function.coefficient_gradient(z, (None, slope_weight, times(v, a)))
-    return dz, dz_dot, dcoeffs, at_value, at_tangent, over_channels(times(2.0, f_1, z_dot, at_tangent))
+    y_dot = let_through(function, z, times(f_1, z_dot))
+    return dz, dz_dot, dcoeffs, at_value, at_tangent, over_channels(times(2.0, y_dot, at_tangent))
 
 
 def backward_jvp(
@@ -89,7 +92,7 @@ def backward_jvp(
     g_y, g_t, g_q = _gradients(grads)
     dg_y, dg_t, dg_q = _gradients(grads_changes)
     dz, dz_dot, dcoeffs = changes
-    _, f_1, f_2, f_3 = function.derivatives(z, 3)
+    f_1, f_2, f_3 = slopes(function, z, 3)
     _, C_1, C_2 = direction(function, dcoeffs, z, 2)
     df_1 = plus(times(f_2, dz), C_1)
     df_2 = plus(times(f_3, dz), C_2)
@@ -98,7 +101,8 @@ def backward_jvp(
     v = over_tangents(times(u, z_dot))
     dv = over_tangents(plus(times(du, z_dot), times(u, dz_dot)))
     result_z = plus(times(dg_y, f_1), times(g_y, df_1), times(dv, f_2), times(v, df_2))
-    result_z_dot = plus(times(du, f_1), times(u, df_1))
+    result_z = let_through(function, z, result_z)
+    result_z_dot = let_through(function, z, plus(times(du, f_1), times(u, df_1)))
     result_coeffs = None
     if isinstance(function, Polynomial):
         result_coeffs = function.coefficient_gradient(z, (dg_y, plus(times(g_y, dz), dv), times(v, dz)))

@@ -15,6 +15,7 @@ def tangent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(f(z), f'(z) ż, Σ_j (f'(z_j) ż_j)²)``; ``function_in(dtype)`` is ``f`` with parameters of that dtype."""
     dtype = compute_dtype(z)
-    value, slope = function_in(dtype).derivatives(z.to(dtype), 1)
-    y_dot = slope * z_dot.to(dtype)
+    function, computed_z = function_in(dtype), z.to(dtype)
+    value, slope = function.derivatives(computed_z, 1)
+    y_dot = function.let_through(computed_z, slope * z_dot.to(dtype))
     return value.to(z.dtype), y_dot.to(z_dot.dtype), y_dot.square().sum(-1)

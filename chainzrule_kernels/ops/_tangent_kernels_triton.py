@@ -7,7 +7,7 @@ programs: :mod:`chainzrule_kernels.ops._launch`.
 import triton
 import triton.language as tl
 
-from chainzrule_kernels.functions.triton_functions import function
+from chainzrule_kernels.functions.triton_functions import function, times_slope
 from chainzrule_kernels.ops._tiles_triton import (
     add_coefficient_gradients,
     gradient_of_z,
@@ -51,7 +51,8 @@ def tangent_forward_kernel(
     tangent_rows = rows * (columns // VECTOR)
     for tangent in range(tangents):
         at_tangent = offset + tangent * tangent_rows * VECTOR
-        pushed = slope * tl.load(z_dot_pointer + at_tangent, mask=load, other=0.0).to(COMPUTE)
+        z_dot = tl.load(z_dot_pointer + at_tangent, mask=load, other=0.0).to(COMPUTE)
+        pushed = times_slope(z, z_dot, slope, KIND)
         tl.store(y_dot_pointer + at_tangent, pushed.to(DATA), mask=store)
         norm = tl.sum(tl.where(own, pushed * pushed, 0.0), axis=1)
         tl.store(norm_pointer + (tangent * rows + row) * splits + split, norm, mask=row < rows)
@@ -137,12 +138,12 @@ def tangent_backward_kernel(
                     if grad_y_dot_pointer is not None:
                         u += tl.load(grad_y_dot_pointer + at_tangent, mask=load, other=0.0).to(COMPUTE)
                     if grad_z_dot_pointer is not None:
-                        tl.store(grad_z_dot_pointer + at_tangent, (u * slope).to(DATA), mask=store)
+                        tl.store(grad_z_dot_pointer + at_tangent, times_slope(z, u, slope, KIND).to(DATA), mask=store)
                     at_slope += u * z_dot
                 # Outside of the data the slope may be infinite, and zero times that is not zero.
                 at_slope = tl.where(own, at_slope, 0.0)
             if grad_z_pointer is not None:
-                grad_z = gradient_of_z(at_value, at_slope, slope, curvature, OF_VALUE, OF_SLOPE)
+                grad_z = gradient_of_z(z, at_value, at_slope, slope, curvature, OF_VALUE, OF_SLOPE, KIND)
                 tl.store(grad_z_pointer + offset, grad_z.to(DATA), mask=store)
             if coefficient_sums_pointer is not None:
                 sums = add_coefficient_gradients(

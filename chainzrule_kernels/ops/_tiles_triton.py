@@ -7,7 +7,7 @@ Shared by the Triton kernels of ``*_dreg`` and ``*_tangent``; the words are thos
 import triton
 import triton.language as tl
 
-from chainzrule_kernels.functions.triton_functions import rectified, where_rising
+from chainzrule_kernels.functions.triton_functions import rectified, times_curvature, times_slope, where_rising
 
 
 @triton.jit
@@ -176,14 +176,14 @@ def add_coefficient_gradients(
 
 
 @triton.jit
-def gradient_of_z(at_value, h, slope, curvature, OF_VALUE: tl.constexpr, OF_SLOPE: tl.constexpr):
+def gradient_of_z(z, at_value, h, slope, curvature, OF_VALUE: tl.constexpr, OF_SLOPE: tl.constexpr, KIND: tl.constexpr):
     """``g_y f' + h f''``, of which an absent gradient's part is absent, not zero."""
     if OF_VALUE and OF_SLOPE:
-        return at_value * slope + h * curvature
+        return times_slope(z, at_value, slope, KIND) + times_curvature(z, h, curvature, KIND)
     elif OF_VALUE:
-        return at_value * slope
+        return times_slope(z, at_value, slope, KIND)
     else:
-        return h * curvature
+        return times_curvature(z, h, curvature, KIND)
 
 
 @triton.jit

@@ -170,13 +170,13 @@ void backward_chunk(const BackwardChunk<E>& given) {
       const bool of_relu = kDegree > 0 && chunk.rectified;
       const V argument = of_relu ? rectified(z) : z;
       Jet<V> jet = jet_of_slope<Function, E>(function, argument, j, extent);
-      if (of_relu) jet = where_rising(z, jet);
+      if constexpr (kSlopeGradient) jet.slope = of_relu ? where_rising(z, jet.slope) : jet.slope;
       V g_y{};
       V h{};
       V grad_z{};
       if constexpr (kValueGradient) {
         g_y = load(chunk.grad_y + j, extent);
-        grad_z = Function::kCurved ? g_y * jet.slope : (jet.slope > E(0) ? g_y : V{});
+        grad_z = Function::kCurved ? g_y * jet.slope : where_rising(z, g_y);
       }
       if constexpr (kSlopeGradient) {
         if (chunk.grad_derivative) h = load(chunk.grad_derivative + j, extent);
@@ -193,7 +193,11 @@ void backward_chunk(const BackwardChunk<E>& given) {
         }
         h = keep(h, extent);
         if constexpr (Function::kCurved) grad_z = kValueGradient ? grad_z + h * jet.curvature : h * jet.curvature;
-        if (of_relu) h = where_rising(z, h);
+      }
+      if (of_relu) {
+        // The products and not their factors: an infinite gradient, too, is stopped where relu is flat.
+        grad_z = where_rising(z, grad_z);
+        h = where_rising(z, h);
       }
       if (chunk.grad_z) store(chunk.grad_z + j, grad_z, extent);
       if constexpr (kShared) {
@@ -295,11 +299,12 @@ void backward_rows(const BackwardRows<E>& given) {
     for (int64_t row = 0; row < rows.rows; ++row) {
       unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
         const int64_t j = row * rows.width + offsets[i];
-        const Jet<V> jet = function.at(j, Whole{}).jet(load(rows.z + j, Whole{}));
+        const V z = load(rows.z + j, Whole{});
+        const Jet<V> jet = function.at(j, Whole{}).jet(z);
         V grad_z{};
         if constexpr (kValueGradient) {
           const V grad_y = load(rows.grad_y + j, Whole{});
-          grad_z = Function::kCurved ? grad_y * jet.slope : (jet.slope > E(0) ? grad_y : V{});
+          grad_z = Function::kCurved ? grad_y * jet.slope : where_rising(z, grad_y);
         }
         if constexpr (Function::kCurved) grad_z += scales[i] * jet.slope * jet.curvature;
         if (rows.grad_z) store(rows.grad_z + j, grad_z, Whole{});
@@ -325,6 +330,7 @@ struct ChunkFunctions {
   double (*value)(const ForwardChunk<E>&);
   double (*value_and_norm)(const ForwardChunk<E>&);
   std::array<void (*)(const BackwardChunk<E>&), 3> backward;  // by Gradients
+  bool curved;
   // Of an activation.
   double (*rows)(const ForwardRows<E>&) = nullptr;
   std::array<void (*)(const BackwardRows<E>&), 3> backward_rows = {};  // by Gradients
@@ -335,7 +341,8 @@ constexpr ChunkFunctions<E> chunk_functions_of() {
   return {forward_chunk<Function, E, false>,
           forward_chunk<Function, E, true>,
           {backward_chunk<Function, E, true, false>, backward_chunk<Function, E, false, true>,
-           backward_chunk<Function, E, true, true>}};
+           backward_chunk<Function, E, true, true>},
+          Function::kCurved};
 }
 
 template <class E, int Degree = 1>
@@ -707,14 +714,15 @@ void dreg_forward_rows(const DregForward& a, const Tile& tile, int64_t split) {
   }
 }
 
-// y_dot = slope * z_dot; returns the sum of its squares.
-template <class E>
-double push_tangent(const E* slope, const E* z_dot, E* y_dot, int64_t n) {
+// y_dot = slope * z_dot, and where there is a relu 0 where it is flat, whatever z_dot is; returns the sum of its squares.
+template <class E, bool kOfRelu>
+double push_tangent(const E* z, const E* slope, const E* z_dot, E* y_dot, int64_t n) {
   Vector<E> squares{};
   for_each_block<E>(n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
     Vector<E> recent{};
     for_each_vector<E>(begin, count, [&](int64_t j, auto extent) __attribute__((always_inline)) {
-      const Vector<E> pushed = load(slope + j, extent) * load(z_dot + j, extent);
+      Vector<E> pushed = load(slope + j, extent) * load(z_dot + j, extent);
+      if constexpr (kOfRelu) pushed = where_rising(load(z + j, extent), pushed);
       store(y_dot + j, pushed, extent);
       recent += keep(pushed * pushed, extent);
     });
@@ -730,6 +738,7 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
   const ChunkFunctions<E> functions = chunk_functions<E>(a.function, order);
   const TileColumns columns(order, tile, a.function.per_channel);
   const TileParameters<E> parameters(a.function, RowSq{}, tile, columns);
+  const auto push = a.function.rectified || !functions.curved ? push_tangent<E, true> : push_tangent<E, false>;
   Buffer<E> z_buffer, y_buffer, slope_buffer, z_dot_buffer, y_dot_buffer;
   std::array<double, kMaxTangentsAtOnce> norms;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
@@ -741,14 +750,14 @@ void tangent_forward_tile(const TangentForward& a, const Tile& tile, int64_t spl
         const Piece piece = columns.piece<E>(column);
         const int64_t n = piece.n;
         S* y = at<S>(a.y, row, column);
-        functions.value_and_norm({parameters.coefficients(piece), parameters.stride(), a.function.rectified,
-                                  read(at<S>(a.z, row, column), n, z_buffer), target(y, y_buffer), slope_buffer.data,
-                                  nullptr, n});
+        const E* z = read(at<S>(a.z, row, column), n, z_buffer);
+        functions.value_and_norm({parameters.coefficients(piece), parameters.stride(), a.function.rectified, z,
+                                  target(y, y_buffer), slope_buffer.data, nullptr, n});
         if (first == 0) finish(y, n, y_buffer);
         for (int64_t t = first; t < last; ++t) {
           const S* z_dot = at<S>(a.z_dot, row, column) + t * a.z_dot_tangent_stride;
           S* y_dot = at<S>(a.y_dot, t * a.rows + row, column);
-          norms[t - first] += push_tangent(slope_buffer.data, read(z_dot, n, z_dot_buffer), target(y_dot, y_dot_buffer), n);
+          norms[t - first] += push(z, slope_buffer.data, read(z_dot, n, z_dot_buffer), target(y_dot, y_dot_buffer), n);
           finish(y_dot, n, y_dot_buffer);
         }
       }
@@ -981,9 +990,10 @@ void dreg_backward_rows(const DregBackward& a, const Tile& tile, const GradientS
   }
 }
 
-// u = g_t + 2 g_q f' z_dot, the gradient that arrives at the pushed tangent; z_dot's gradient is u f', and f' gets u z_dot.
-template <class E>
-void pull_tangent(const E* slope, const E* z_dot, const E* grad_y_dot, const E* grad_norm, E* grad_z_dot, E* grad_slope,
+// u = g_t + 2 g_q f' z_dot, the gradient that arrives at the pushed tangent; z_dot's gradient is u f', and where there is a relu
+// 0 where it is flat, whatever u is; f' gets u z_dot.
+template <class E, bool kOfRelu>
+void pull_tangent(const E* z, const E* slope, const E* z_dot, const E* grad_y_dot, const E* grad_norm, E* grad_z_dot, E* grad_slope,
                   int64_t n) {
   const Vector<E> twice = broadcast(grad_norm ? E(2) * *grad_norm : E(0));
   for_each_vector<E>(0, n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
@@ -995,7 +1005,11 @@ void pull_tangent(const E* slope, const E* z_dot, const E* grad_y_dot, const E* 
       const Vector<E> of_norm = twice * (f_1 * tangent);
       u = grad_y_dot ? u + of_norm : of_norm;
     }
-    if (grad_z_dot) store(grad_z_dot + j, u * f_1, extent);
+    if (grad_z_dot) {
+      Vector<E> pulled = u * f_1;
+      if constexpr (kOfRelu) pulled = where_rising(load(z + j, extent), pulled);
+      store(grad_z_dot + j, pulled, extent);
+    }
     store(grad_slope + j, load(grad_slope + j, extent) + u * tangent, extent);
   });
 }
@@ -1010,6 +1024,7 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
   const TileColumns columns(order, tile, a.function.per_channel);
   const TileParameters<E> parameters(a.function, RowSq{}, tile, columns);
   ParameterSums<E> sums(a.function, order, columns, wanted);
+  const auto pull = a.function.rectified || !functions.curved ? pull_tangent<E, true> : pull_tangent<E, false>;
   Buffer<E> z_buffer, value_buffer, slope_buffer, z_dot_buffer, grad_y_dot_buffer, grad_z_dot_buffer;
   Buffer<E> grad_y_buffer, grad_slope_buffer, grad_z_buffer;
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
@@ -1027,10 +1042,10 @@ void tangent_backward_tile(const TangentBackward& a, const Tile& tile, const Gra
         if (grad_y_dot) grad_y_dot += t * a.grad_y_dot_tangent_stride;
         S* grad_z_dot = at<S>(a.grad_z_dot, t * a.rows + row, column);
         if (of_slope) {
-          pull_tangent(slope_buffer.data, read(z_dot, n, z_dot_buffer),
-                       grad_y_dot ? read(grad_y_dot, n, grad_y_dot_buffer) : nullptr,
-                       a.grad_norm ? static_cast<const E*>(a.grad_norm) + t * a.rows + row : nullptr,
-                       target(grad_z_dot, grad_z_dot_buffer), grad_slope_buffer.data, n);
+          pull(z, slope_buffer.data, read(z_dot, n, z_dot_buffer),
+               grad_y_dot ? read(grad_y_dot, n, grad_y_dot_buffer) : nullptr,
+               a.grad_norm ? static_cast<const E*>(a.grad_norm) + t * a.rows + row : nullptr,
+               target(grad_z_dot, grad_z_dot_buffer), grad_slope_buffer.data, n);
           finish(grad_z_dot, n, grad_z_dot_buffer);
         } else if (grad_z_dot) {
           std::memset(grad_z_dot, 0, static_cast<size_t>(n) * sizeof(S));

@@ -13,6 +13,7 @@ from torch import Tensor
 import chainzrule_kernels as ck
 from chainzrule_kernels.ops import _call_triton, _dreg_triton, _launch, _linear_triton, _tangent_triton
 from chainzrule_kernels.ops.activation_dreg.op import operators as activation_dreg
+from chainzrule_kernels.ops.activation_tangent.op import operators as activation_tangent
 from chainzrule_kernels.ops.linear_activation_dreg.op import operator as linear_activation
 from chainzrule_kernels.ops.linear_polynomial_dreg.op import operator as linear_polynomial
 from chainzrule_kernels.ops.polynomial_dreg.op import operators as polynomial_dreg
@@ -351,6 +352,43 @@ def test_coefficients_that_are_not_finite_do_not_reach_sums_from_outside_of_the_
         torch.testing.assert_close(
             polynomial_dreg.backward(*inputs), polynomial_dreg.backward.definition(*inputs), equal_nan=True
         )
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_nothing_passes_where_relu_is_flat(per_channel: bool, value: float) -> None:
+    """An infinite gradient neither: the other tests of it compare the definition's forward with PyTorch's relu."""
+    z = torch.tensor([-float("inf"), -1.0, -0.0, 0.0, 2.0, 3.0, float("inf"), float("nan")] * 3).reshape(2, 12)
+    coeffs = torch.tensor([1.0, 2.0, 1.0])
+    companion = torch.ones(12) if per_channel else None
+    if per_channel:
+        coeffs = coeffs[:, None].repeat(1, 12)
+    arriving = torch.full_like(z, value)
+    tangents, squares = torch.stack([torch.ones_like(z), arriving]), arriving[:, 0]
+    flat = z <= 0
+    for operators, function, flags in (
+        (activation_dreg, (), ("relu", True, per_channel)),
+        (polynomial_dreg, (coeffs,), (True, True, per_channel, True)),
+    ):
+        for grads in ((arriving, None, None), (None, None, arriving), (arriving, squares, arriving)):
+            inputs = (z, companion, *function, *grads, *flags)
+            found, expected = operators.backward(*inputs), operators.backward.definition(*inputs)
+            torch.testing.assert_close(found, expected, equal_nan=True)
+            assert not found[0][flat].any()
+    for operators, function, flags in (
+        (activation_tangent, (), ("relu",)),
+        (polynomial_tangent, (coeffs,), (True,)),
+    ):
+        inputs = (z, tangents, *function, *flags)
+        found, expected = operators.forward(*inputs), operators.forward.definition(*inputs)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        assert not found[1][:, flat].any()
+        for grads in ((arriving, None, None), (None, tangents, None), (None, None, tangents[..., 0])):
+            inputs = (z, tangents, *function, *grads, *flags, *[True] * (2 + len(function)))
+            found, expected = operators.backward(*inputs), operators.backward.definition(*inputs)
+            torch.testing.assert_close(found, expected, equal_nan=True)
+            assert not found[0][flat].any()
+            assert not found[1][:, flat].any()
 
 
 # ---- through autograd ------------------------------------------------------------------------------------------------
