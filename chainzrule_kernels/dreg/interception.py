@@ -46,7 +46,6 @@ from chainzrule_kernels.nn.jacobian_record import (
     source_of,
     with_versions,
 )
-from chainzrule_kernels.ops._convolution import geometry
 from chainzrule_kernels.ops.convolved_activation_dreg.op import ConvolutionInFront, convolution_in_front
 from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
 
@@ -123,6 +122,7 @@ class MarkingLinear(Interception):
         super().__init__(module, forward_pass)
         self.name = name
         self.with_norms = with_norms
+        self.spatial = len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else None
         # Tensor parallelism takes the process's own part of the output in a hook, which loses the mark.
         weight = module._parameters.get("weight")  # no parameter where it is computed
         self._is_spread = weight is not None and not _distributed.is_plain(weight)
@@ -143,10 +143,17 @@ class MarkingLinear(Interception):
             if not _distributed.is_plain(y):
                 self._check_hook()
                 return y
-            row_sq = self._row_sq(_first(args, kwargs), y) if self.with_norms else None
-        spatial = self.module.weight.dim() - 2 if isinstance(self.module, CONVOLUTIONS) else None
-        set_source(y, self.name, row_sq, spatial)
+            with self._out_of_sight():
+                row_sq = self._row_sq(_first(args, kwargs), y) if self.with_norms else None
+                set_source(y, self.name, row_sq, self.spatial)
         return y
+
+    def _out_of_sight(self) -> contextlib.AbstractContextManager[Any]:
+        """Where no function mode sees what a plain weight is asked: each question would be a call of Python."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:
+            return contextlib.nullcontext()
+        weight = self.module._parameters.get("weight")
+        return torch._C.DisableTorchFunction() if type(weight) is nn.Parameter else contextlib.nullcontext()
 
     def _check_hook(self) -> None:
         if not self._is_spread:
@@ -172,8 +179,7 @@ class MarkingLinear(Interception):
         assert isinstance(weight, Tensor)
         if isinstance(self.module, CONVOLUTIONS):
             convolution = self.module
-            where = geometry(weight.shape[2:], convolution.stride, convolution.padding, convolution.dilation)
-            return convolution_in_front(weight, x, where)
+            return convolution_in_front(weight, x, convolution.stride, convolution.padding, convolution.dilation)
         return squared_row_norms(weight.t() if is_transformers_conv1d(self.module) else weight, y)
 
 
@@ -226,6 +232,11 @@ class WatchingFunctions(Interception):
             return self.original(*args, **kwargs)
 
 
+_WATCHED = frozenset(
+    (*ACTIVATION_FUNCTIONS, F.batch_norm, *PART_FUNCTIONS, *TRANSPARENT_FUNCTIONS, *OTHER_NORM_FUNCTIONS)
+)
+
+
 @constant_while_running
 def _show_hidden_calls() -> None:
     # At each call, since a forward that is not compiled itself may call a function that is.
@@ -249,6 +260,8 @@ class _FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _WATCHED:
+            return func(*args, **kwargs)
         if func in ACTIVATION_FUNCTIONS:
             records = self.records.get(ACTIVATION_FUNCTIONS[func])
             call = None if records is None else describe_call(func, args, kwargs)

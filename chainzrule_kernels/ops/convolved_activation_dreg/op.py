@@ -10,8 +10,10 @@ from torch import Tensor
 
 from chainzrule_kernels import _distributed, backends
 from chainzrule_kernels._registration import Operator, as_it_is
+from chainzrule_kernels._remembered import remembered
 from chainzrule_kernels.functions import SAME_DERIVATIVES_AT_VALUE
-from chainzrule_kernels.ops._convolution import Geometry
+from chainzrule_kernels.ops._convolution import Numbers as WholeNumbers
+from chainzrule_kernels.ops._convolution import Padding, geometry
 from chainzrule_kernels.ops._feature_maps import like_the_input
 from chainzrule_kernels.ops._operator_pairs import OperatorPair, spatial_dreg_fake
 from chainzrule_kernels.ops._terms import cast, plus
@@ -57,11 +59,14 @@ class ConvolutionInFront(NamedTuple):
         return y, jac_sq
 
 
-def convolution_in_front(weight: Tensor, x: Tensor, where: Geometry) -> Tensor | ConvolutionInFront:
+def convolution_in_front(
+    weight: Tensor, x: Tensor, stride: WholeNumbers, padding: Padding, dilation: WholeNumbers
+) -> Tensor | ConvolutionInFront:
     """The squares of the weight of a convolution of ``x``, or its weight where one operator can do the rest.
 
     Where processes share the work, a weight may be gone by the time that the activation runs (FSDP).
     """
+    window = weight.shape[2:]
     at_once = (
         in_plain_pytorch(weight)
         or not (weight.is_cpu and x.is_cpu)
@@ -69,8 +74,16 @@ def convolution_in_front(weight: Tensor, x: Tensor, where: Geometry) -> Tensor |
         or backends.choose("activation_spatial_dreg", x) != "cpu"
     )
     if at_once:
-        return squared_taps(weight, x, where)
-    return ConvolutionInFront(in_dtype_of_op(weight, x), numbers(x, where))
+        return squared_taps(weight, x, geometry(window, stride, padding, dilation))
+    windows = _windows(x.shape[-len(window) :], window, stride, padding, dilation)
+    return ConvolutionInFront(in_dtype_of_op(weight, x), windows)
+
+
+@remembered
+def _windows(
+    size: Sequence[int], window: Sequence[int], stride: WholeNumbers, padding: Padding, dilation: WholeNumbers
+) -> Numbers:
+    return numbers(size, geometry(window, stride, padding, dilation))
 
 
 # ---- the forward: (z, weight, factor, size, stride, padding, dilation, kind) -------------------------------------------
@@ -215,9 +228,7 @@ def _backward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) ->
     (dweight_dot,) = squares.backward.jvp(arguments_of_squares, (weight_dot, scaled_dot))
     dfactor_dot = over_positions(dtap_sq_dot * sums)
     if weight_dot is not None:
-        dfactor_dot = dfactor_dot + over_positions(
-            dtap_sq * squares.forward.jvp((weight, *windows), (weight_dot,))[0]
-        )
+        dfactor_dot = dfactor_dot + over_positions(dtap_sq * squares.forward.jvp((weight, *windows), (weight_dot,))[0])
     return _as_wanted(inputs, dz_dot, dweight_dot, dfactor_dot)
 
 

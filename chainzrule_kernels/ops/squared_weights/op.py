@@ -27,15 +27,14 @@ def squared_taps(weight: Tensor, x: Tensor, where: Geometry) -> Tensor:
     """:func:`definition.squared_taps`, by a kernel where there is one."""
     if in_plain_pytorch(weight):
         return definition.squared_taps(weight, x, where)
-    return _forward_operator(in_dtype_of_op(weight, x), *numbers(x, where))
+    return _forward_operator(in_dtype_of_op(weight, x), *numbers(x.shape[x.dim() - len(where.stride) :], where))
 
 
-def numbers(x: Tensor, where: Geometry) -> Numbers:
-    """The windows on ``x`` as the operators take them: sizes, strides, padding before and behind in turn, dilation."""
+def numbers(size: Sequence[int], where: Geometry) -> Numbers:
+    """The windows on an image as the operators take them: sizes, strides, padding before and behind, dilation."""
     if not where.padded:
         return _EVERYTHING
-    padding = tuple(size for pair in where.padding for size in pair)
-    return x.shape[x.dim() - len(where.stride) :], where.stride, padding, where.dilation
+    return size, where.stride, tuple(width for pair in where.padding for width in pair), where.dilation
 
 
 _WORTH_AN_OPERATOR = 2**16
