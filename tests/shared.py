@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chainzrule_kernels.testing.cases import CASES, Case, generator
+from chainzrule_kernels.functions import Activation
+from chainzrule_kernels.ops._convolution import geometry, with_uneven_padding
+from chainzrule_kernels.ops.convolved_activation_dreg import definition as convolved_definition
+from chainzrule_kernels.ops.convolved_activation_dreg.op import operators as convolved_operators
+from chainzrule_kernels.ops.squared_weights.op import numbers as windows_on
+from chainzrule_kernels.testing.cases import CASES, MAPS, Case, Shape, TensorArgument, generator
 
 NAMESPACE = "chainzrule_kernels"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -20,6 +25,7 @@ REPRESENTATIVE = tuple(case for case in CASES if case.representative)
 FULLEST = tuple(
     {case.op: case for case in sorted(REPRESENTATIVE, key=lambda c: (len(c.tensors), len(c.outputs)))}.values()
 )
+CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # The activations by kind, as PyTorch has them.
 TORCH_ACTIVATIONS = {
     "relu": F.relu,
@@ -120,6 +126,93 @@ class Recorder(TorchDispatchMode):
     def own_calls(self) -> list[tuple[Any, tuple[Any, ...], Any]]:
         """The calls of this package's operators."""
         return [call for call in self.calls if call[0].namespace == NAMESPACE]
+
+
+class ConvolvedCase(Case):
+    """The activation behind a convolution, which is an operator without a public function."""
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return _convolved(convolved_operators.forward, **tensors, **self.constants)
+
+    def reference(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return _convolved(convolved_definition.convolved_activation_dreg, **tensors, **self.constants)
+
+
+def convolved_case(
+    kind: str,
+    *,
+    factor: bool = False,
+    channels: int = 2,
+    window: Sequence[int] = (3, 2),
+    size: Sequence[int] | None = None,
+    stride: Any = 1,
+    padding: Any = "same",
+    dilation: Any = 1,
+) -> ConvolvedCase:
+    """A case of windows of so many ``channels`` on an image of ``size``, or of that of its result."""
+
+    def weight_shape(z: Shape) -> Shape:
+        return (_maps(z, window)[1], channels, *window)
+
+    tensors = [
+        TensorArgument("z", lambda z: _maps(z, window), MAPS.draw, is_data=True),
+        TensorArgument("weight", weight_shape, _normal),
+        *([TensorArgument("factor", lambda z: (_maps(z, window)[1],), _positive)] if factor else []),
+    ]
+    where = geometry(tuple(window), stride, padding, dilation)
+    constants = {"kind": kind, "size": None if size is None else tuple(size), "where": where}
+    words = f"{kind}, {'x'.join(map(str, window))}{', factor' if factor else ''}"
+    return ConvolvedCase(
+        "convolved_activation_dreg", words, tuple(tensors), constants, ("y", "jac_sq"), _plain_convolved, True
+    )
+
+
+def _maps(shape: Shape, window: Sequence[int]) -> Shape:
+    """The shape itself, or with sizes of 4 behind it where it has none for a dimension of the window."""
+    shape = shape if len(shape) > 1 else (1, *shape)
+    return (*shape, *(4,) * max(0, 2 + len(window) - len(shape)))
+
+
+def _normal(shape: Shape, numbers: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=numbers, dtype=torch.float64)
+
+
+def _positive(shape: Shape, numbers: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=numbers, dtype=torch.float64) + 0.1
+
+
+def _convolved(
+    function: Callable[..., Any],
+    z: Tensor,
+    weight: Tensor,
+    factor: Tensor | None = None,
+    *,
+    kind: str,
+    size: Any,
+    where: Any,
+) -> tuple[Tensor, ...]:
+    return function(z, weight, factor, *windows_on(tuple(z.shape[2:]) if size is None else size, where), kind)
+
+
+def _plain_convolved(arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """With the convolution of ones for the taps inside the image."""
+    z, where = arguments["z"], arguments["where"]
+    weight = arguments["weight"].to(z.dtype)
+    taps = weight.square().sum(1, keepdim=True)
+    if where.padded:
+        ones = with_uneven_padding(z.new_ones(1, *(arguments["size"] or z.shape[2:])), where)
+        taps = CONVOLUTIONS[len(where.stride)](ones, taps, None, where.stride, where.even_padding, where.dilation)
+    else:
+        taps = taps.sum(tuple(range(1, taps.dim()))).view(-1, *(1,) * (z.dim() - 2))
+    if "factor" in arguments:
+        taps = taps * arguments["factor"].to(z.dtype).view(-1, *(1,) * (z.dim() - 2))
+    value, slope = Activation(arguments["kind"]).derivatives(z, 1)
+    sums = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return value, (slope.square() * taps).flatten(1).sum(1, dtype=sums)
+
+
+CONVOLVED = (convolved_case("relu"), convolved_case("mish", factor=True), convolved_case("silu", padding=0))
+"""The operators that have no public function, as :data:`REPRESENTATIVE` has those of the others."""
 
 
 def registered_operators() -> set[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from shared import (
     CASES,
+    CONVOLVED,
     DTYPES,
     REPRESENTATIVE,
     Recorder,
@@ -30,6 +31,7 @@ from chainzrule_kernels.testing.layouts import LAYOUTS, Layout
 
 pytestmark = pytest.mark.usefixtures("target")
 
+OPERATED = (*REPRESENTATIVE, *CONVOLVED)
 OPERATOR_LAYOUTS = [layout for layout in LAYOUTS if layout.name not in ("long rows", "many rows")]
 IMAGE = Layout("channels_last", (2, 3, 4, 5), lambda values: _channels_last(values))
 
@@ -47,15 +49,13 @@ def _recorded(case: Case, layout: Layout, device: str, dtype: torch.dtype = torc
 
 
 def test_the_cases_reach_every_registered_operator(device: str) -> None:
-    reached = {
-        call[0].overloadpacket.__name__ for case in REPRESENTATIVE for call in _recorded(case, LAYOUTS[0], device)
-    }
+    reached = {call[0].overloadpacket.__name__ for case in OPERATED for call in _recorded(case, LAYOUTS[0], device)}
     # On the CPU the linear ops are the library's product and the operator of the pass behind it.
     of_gpus = set() if device == "cuda" else {"linear_polynomial_dreg", "linear_activation_dreg"}
     assert reached == registered_operators() - of_gpus
 
 
-@each(REPRESENTATIVE)
+@each(OPERATED)
 def test_opcheck(case: Case, device: str) -> None:
     layout = Layout("small", (2, 3), LAYOUTS[0].arrange)
     for operator, arguments, _ in _recorded(case, layout, device, torch.float64):
@@ -66,7 +66,7 @@ def test_opcheck(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [*OPERATOR_LAYOUTS, IMAGE], ids=lambda layout: layout.name)
-@each(REPRESENTATIVE)
+@each(OPERATED)
 def test_r05_fakes_have_the_shape_dtype_and_strides_of_the_real_results(
     case: Case, layout: Layout, device: str
 ) -> None:
@@ -86,7 +86,7 @@ def test_r05_fakes_have_the_shape_dtype_and_strides_of_the_real_results(
 
 
 @each_dtype()
-@each(REPRESENTATIVE)
+@each(OPERATED)
 def test_results_are_contiguous_and_of_the_documented_dtypes(case: Case, dtype: torch.dtype, device: str) -> None:
     tensors = case.arguments((4, 3), dtype, parameter_dtype=torch.float32, device=device)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
@@ -96,7 +96,7 @@ def test_results_are_contiguous_and_of_the_documented_dtypes(case: Case, dtype: 
         assert result.device == tensors[next(iter(tensors))].device
 
 
-@each(REPRESENTATIVE)
+@each(OPERATED)
 def test_r15_nothing_that_the_caller_can_see_changes(case: Case, device: str) -> None:
     tensors = case.arguments((64, 33), device=device, requires_grad=True)
     before = {name: value.detach().clone() for name, value in tensors.items()}
@@ -116,7 +116,7 @@ def test_r15_nothing_that_the_caller_can_see_changes(case: Case, device: str) ->
         assert torch.equal(result, expected)
 
 
-@each(REPRESENTATIVE)
+@each(OPERATED)
 def test_results_and_gradients_are_not_views_of_the_arguments(case: Case, device: str) -> None:
     tensors = case.arguments((8, 3), device=device)
     storages = {value.untyped_storage().data_ptr() for value in tensors.values()}
