@@ -40,7 +40,7 @@ from chainzrule_kernels.ops.convolved_activation_dreg.definition import weighted
 from chainzrule_kernels.ops.squared_weights.op import numbers
 from chainzrule_kernels.ops.squared_weights.op import operators as squares
 from chainzrule_kernels.testing.accuracy import measure
-from chainzrule_kernels.testing.layouts import Layout, channels_innermost, contiguous, permuted, sliced
+from chainzrule_kernels.testing.layouts import Arrangement, Layout, channels_innermost, contiguous, permuted, sliced
 
 # Batch and filters, channels for each filter, the image, the window, stride, padding, dilation.
 GEOMETRIES: dict[str, tuple[tuple[int, int], int, tuple[int, ...], tuple[int, ...], Any, Any, Any]] = {
@@ -296,9 +296,11 @@ DERIVATIVES = {
 }
 
 
-def _function(name: str, kind: str, factor: bool) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+def _function(
+    name: str, kind: str, factor: bool, arrange: Arrangement
+) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
     case, shape = _case(name, kind, factor)
-    tensors = case.arguments(shape, torch.float64, requires_grad=True)
+    tensors = case.arguments(shape, torch.float64, arrange=arrange, requires_grad=True)
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         return case(dict(zip(tensors, values, strict=True)))
@@ -310,19 +312,25 @@ def _function(name: str, kind: str, factor: bool) -> tuple[Callable[..., Any], t
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_every_derivative(name: str, factor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GEOMETRIES, name, DERIVATIVES[name])
-    function, values = _function(name, "mish", factor)
-    gradcheck(
-        function,
-        values,
-        check_forward_ad=True,
-        check_batched_grad=True,
-        check_batched_forward_grad=True,
-        check_undefined_grad=True,
-        fast_mode=True,
-    )
-    gradgradcheck(
-        function, values, check_fwd_over_rev=True, check_rev_over_rev=True, check_undefined_grad=True, fast_mode=True
-    )
+    for kind, arrange in (("mish", contiguous), ("tanh", channels_innermost)):
+        function, values = _function(name, kind, factor, arrange)
+        gradcheck(
+            function,
+            values,
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+            check_undefined_grad=True,
+            fast_mode=True,
+        )
+        gradgradcheck(
+            function,
+            values,
+            check_fwd_over_rev=True,
+            check_rev_over_rev=True,
+            check_undefined_grad=True,
+            fast_mode=True,
+        )
 
 
 @pytest.mark.parametrize("name", DERIVATIVES)
@@ -594,17 +602,15 @@ def test_dreg_of_functional_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["relu", "batch norm", "functions"])
 def test_dreg_of_compiled_models_takes_what_the_compiler_can_fuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-
-    def run(model: nn.Module, reg: ck.DREG, x: Tensor) -> list[Tensor]:
-        y = (torch.compile(model, fullgraph=True, backend="aot_eager") if is_compiled else model)(x)
-        penalty = reg.penalty()
-        return [y, penalty, *torch.autograd.grad(y.square().mean() + penalty, list(model.parameters()))]
-
     results = []
-    for is_compiled in (False, True):
+    for wrap in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
         model, x = _built(name)
-        results.append(run(model, ck.DREG(model, STRENGTH), x))
-        # From here on the operator would raise.
+        reg = ck.DREG(model, STRENGTH)
+        y = wrap(model)(x)
+        penalty = reg.penalty()
+        gradients = torch.autograd.grad(y.square().mean() + penalty, list(model.parameters()))
+        results.append([y, penalty, *gradients])
+        # From here on a call of the operator would raise.
         for way in ("overload", "apply_eagerly"):
             monkeypatch.setattr(op.operators.forward, way, None)
     assert_same(*results)
