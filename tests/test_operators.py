@@ -86,7 +86,7 @@ def test_r05_fakes_have_the_shape_dtype_and_strides_of_the_real_results(
 
 
 @each_dtype()
-@each(OPERATED)
+@each(REPRESENTATIVE)
 def test_results_are_contiguous_and_of_the_documented_dtypes(case: Case, dtype: torch.dtype, device: str) -> None:
     tensors = case.arguments((4, 3), dtype, parameter_dtype=torch.float32, device=device)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
