@@ -86,7 +86,7 @@ def _windows(
     return numbers(size, geometry(window, stride, padding, dilation))
 
 
-# ---- the forward: (z, weight, factor, size, stride, padding, dilation, kind) -----------------------------------------
+# ---- the forward: (z, weight, factor, size, stride, padding, dilation, kind) -------------------------------------------
 
 _WEIGHTS = "Tensor weight, Tensor? factor"
 _WHERE = "int[] size, int[] stride, int[] padding, int[] dilation, str kind"
@@ -127,7 +127,7 @@ def _tap_sq_dot(
     return plus(of_weight, None if factor_dot is None else weighted(sums, factor_dot))
 
 
-# ---- the backward: (z, weight, factor, grad_y, grad_jac_sq, *windows, kind, needs_z, needs_weight, needs_factor) -----
+# ---- the backward: (z, weight, factor, grad_y, grad_jac_sq, *windows, kind, needs_z, needs_weight, needs_factor) -------
 #
 # In words of the operators that it stands for:
 #   dz, dtap_sq = maps.backward(z, tap_sq, grad_y, grad_jac_sq)      tap_sq = r g
@@ -136,7 +136,7 @@ def _tap_sq_dot(
 
 def _split(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], Sequence[Any], str, tuple[bool, ...]]:
     """The forward's tensors, the gradients that arrived, the windows, the activation, and which results are wanted."""
-    return tuple(inputs[:3]), tuple(inputs[3:5]), inputs[5:9], inputs[9], tuple(inputs[10:])
+    return inputs[:3], inputs[3:5], inputs[5:9], inputs[9], tuple(inputs[10:])
 
 
 def _as_wanted(inputs: Sequence[Any], *results: Tensor | None) -> tuple[Tensor, ...]:
