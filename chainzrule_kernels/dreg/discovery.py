@@ -29,8 +29,10 @@ from chainzrule_kernels.diagnostics import Table
 from chainzrule_kernels.dreg.recognition import (
     CONVOLUTIONS,
     ELEMENTWISE_FUNCTIONS,
+    NOT_OURS,
     OTHER_NORM_FUNCTIONS,
     PART_FUNCTIONS,
+    POSSIBLE_ACTIVATIONS,
     PRODUCTS,
     TRANSPARENT_FUNCTIONS,
     ActivationCall,
@@ -586,6 +588,8 @@ class _Analysis:
         call = describe_call(function, node.args, node.kwargs)
         if call is not None:
             return self._activation(_Site(name, module, None, call, value))
+        if function in POSSIBLE_ACTIVATIONS and value.linear is not None:
+            self.sites.append(_Site(name, module, None, ActivationCall(label.rstrip("_"), None, NOT_OURS), value))
         if function in TRANSPARENT_FUNCTIONS:
             return value.through(Between(name, module, "transparent", is_function=True))
         if value.is_several and function is operator.getitem and isinstance(node.args[1], int):

@@ -124,9 +124,11 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
 FUNCTIONS_HIDDEN_BY_DYNAMO: frozenset[Any] = frozenset({F.tanh, F.sigmoid, torch.relu_, torch.tanh_, torch.sigmoid_})
 # Named in the table of what is not regularised, so that nobody takes them for regularised.
 _OTHER_ACTIVATIONS: dict[Any, str] = {
-    getattr(F, name): name
+    getattr(where, name): name.rstrip("_")
+    for where in (F, torch, Tensor)
     for name in (
         "celu",
+        "celu_",
         "elu",
         "elu_",
         "glu",
@@ -141,6 +143,7 @@ _OTHER_ACTIVATIONS: dict[Any, str] = {
         "prelu",
         "relu6",
         "rrelu",
+        "rrelu_",
         "selu",
         "selu_",
         "softshrink",
@@ -149,7 +152,20 @@ _OTHER_ACTIVATIONS: dict[Any, str] = {
         "threshold",
         "threshold_",
     )
+    if hasattr(where, name)
 }
+# These may be anything; right behind a linear map they are named as well. clamp(min=0) is relu by hand.
+POSSIBLE_ACTIVATIONS: frozenset[Any] = frozenset(
+    {
+        torch.special.expit,
+        *(
+            getattr(where, name)
+            for where in (torch, Tensor)
+            for name in ("arctan", "atan", "clamp", "clamp_", "clamp_min", "clip", "cos", "erf", "exp", "sin", "sin_")
+            if hasattr(where, name)
+        ),
+    }
+)
 _OTHER_ACTIVATION_MODULES = (
     nn.CELU,
     nn.ELU,
