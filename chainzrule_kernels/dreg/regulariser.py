@@ -277,9 +277,7 @@ class DREG:
             got = f"{type(factor).__name__} at step {self._position}"
             raise TypeError(f"schedule: expected a function that gives a number, got {got}") from error
         if not (math.isfinite(number) and number >= 0):
-            raise ValueError(
-                f"schedule: expected a finite number of at least 0 at step {self._position}, got {number}"
-            )
+            raise ValueError(f"schedule: expected a finite number of at least 0 at step {self._position}, got {number}")
         return self._base_strength * number
 
     def step(self) -> None:
