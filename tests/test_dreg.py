@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -888,6 +889,20 @@ def test_compile_equals_eager_without_breaks_or_recompiles(what, variant):
             for found, wanted in zip((loss, *gradients(net, loss)), results, strict=True):
                 torch.testing.assert_close(found, wanted)
             reg.step()
+
+
+def test_compile_recompiles_when_the_model_without_it_does():
+    counts = []
+    for regularised in (False, True):
+        torch._dynamo.reset()
+        net = net_of(4, 5, 6, 3)
+        step = step_function(net, ck.DREG(net, STRENGTH)) if regularised else net
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(step, fullgraph=True, backend=counter)
+        for count in (7, 8, 11, 3, 7):
+            compiled(batch(count, 4))
+        counts.append(counter.frame_count)
+    assert counts == [2, 2]  # the first batch, and then one of any size
 
 
 def test_compile_with_inductor():

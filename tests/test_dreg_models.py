@@ -320,6 +320,28 @@ class Sine(nn.Module):
         return torch.sin(30.0 * x)
 
 
+class Snake(nn.Module):
+    """An activation with a number to learn (arXiv 2006.08195)."""
+
+    def __init__(self):
+        super().__init__()
+        self.frequency = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x + torch.sin(self.frequency * x) ** 2 / self.frequency
+
+
+class ScaledGELU(nn.Module):
+    """An activation of ours, times a number to learn that starts at 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * F.gelu(x)
+
+
 def chunked(z):
     value, gate = z.chunk(2, dim=-1)
     return value * F.gelu(gate)
@@ -370,6 +392,7 @@ def test_an_activation_of_a_part_of_a_linear_map_counts_the_rows_of_that_part(na
         (Calling(torch.sin), "not one of the activations"),
         (Calling(partial(F.glu, dim=0)), "not one of the activations"),
         (Sine(), "not one of the activations"),
+        (Snake(), "not one of the activations"),
         (Calling(lambda z: z * torch.sigmoid(z)), "multiplied by its input"),
         (nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Tanh()), "in front of it is an activation"),
         (nn.Sequential(nn.Conv2d(2, 2, 1), nn.MaxPool2d(2), nn.ReLU()), "1 in front of it, a MaxPool2d"),
@@ -381,6 +404,16 @@ def test_an_activation_of_a_part_of_a_linear_map_counts_the_rows_of_that_part(na
 def test_what_is_not_a_layer_is_named_with_the_reason(module, reason):
     found = discover(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2), nn.Identity(), module))
     assert any(reason in row.reason for row in found.skipped), found.skipped
+
+
+def test_a_number_to_learn_behind_an_activation_does_not_hide_it():
+    model = nn.Sequential(nn.Linear(4, 3), ScaledGELU()).double()
+    reg = ck.DREG(model, STRENGTH)
+    assert [row.name for row in reg.layers] == ["gelu behind 0"]
+    x = torch.randn(5, 4, dtype=torch.double)
+    model(x)
+    expected = torch.stack([jacobian_sq(lambda s: F.gelu(model[0](s)), sample) for sample in x]).mean()
+    torch.testing.assert_close(reg.penalty(), STRENGTH * expected)
 
 
 def test_other_norms_between_leave_the_activation_alone():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedTensorMixin
 
 from chainzrule_kernels.functions import ACTIVATION_KINDS
 from chainzrule_kernels.functions.activations import Activation
@@ -308,12 +309,17 @@ def _kind_by_values(module: nn.Module) -> tuple[str | None, bool] | None:
 
     The same in training and in evaluation. The kind is None for a function of each number that is not one of ours. All
     is None for anything else, and for a module that does more than compute, such as one that keeps its output: what
-    stands in its place would not do that.
+    stands in its place would not do that. A module with a number or two to learn may be such a function, and never one
+    of ours, which it would not stay.
     """
-    if "forward" in module.__dict__ or any(True for _ in (*module.parameters(), *module.buffers())):
+    learnt = [*module.parameters(), *module.buffers()]
+    if "forward" in module.__dict__ or any(isinstance(value, UninitializedTensorMixin) for value in learnt):
+        return None
+    if any(value.numel() != 1 for value in learnt):
         return None
     found = {_kind_of_values(module, training) for training in (module.training, not module.training)}
-    return found.pop() if len(found) == 1 else None
+    only = found.pop() if len(found) == 1 else None
+    return None if learnt and only is not None and only[0] is not None else only
 
 
 def _kind_of_values(module: nn.Module, training: bool) -> tuple[str | None, bool] | None:
