@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import random
 from functools import partial
 
 import numpy as np
@@ -635,6 +636,36 @@ def test_a_condition_on_values_does_not_hide_the_layers():
 
     (layer,) = discover(Branching()).layers
     assert layer.linear_name == "linear"
+
+
+class StochasticDepth(nn.Module):
+    """A block of two linear maps, of which each is left out now and then."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        if torch.rand(()) < 0.5:
+            x = x + F.gelu(self.first(x))
+        if random.random() < 0.5:
+            x = x + torch.tanh(self.second(x))
+        return x
+
+
+def test_layers_that_a_forward_draws_lots_for_are_found_whatever_it_would_draw():
+    model = StochasticDepth()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        names = [layer.name for layer in discover(model).layers]
+        assert names == ["gelu behind first", "tanh behind second"]
+    reg = ck.DREG(model)
+    ran = set()
+    for _ in range(20):
+        model(torch.randn(2, 4))
+        ran.add(tuple(len(norms) for norms in reg.jac_sq().values()))
+    assert len(ran) > 1
 
 
 def test_both_ways_through_a_condition_are_looked_at():

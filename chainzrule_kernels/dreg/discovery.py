@@ -12,11 +12,14 @@ children on their own, and its other calls are unknown. :attr:`Discovery.skipped
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
 import operator
+import random
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -265,6 +268,17 @@ _MAKING_FUNCTIONS = (
 )
 
 
+# What a forward may draw to choose its way, as stochastic depth does.
+_DRAWING_FUNCTIONS = tuple(
+    (module, name)
+    for module, names in (
+        (torch, ("rand", "randn", "randint", "randperm")),
+        (random, ("random", "uniform", "randint", "randrange")),
+    )
+    for name in names
+)
+
+
 class _GuessingProxy(fx.Proxy):
     """A value that passes for what a forward needs to know of it: a number is 2, and so is the number of parts."""
 
@@ -292,17 +306,20 @@ class _LocalTracer(fx.Tracer):
         given: the names of the arguments that the forward is called with; the others have their defaults.
         guess: None to take nothing for granted.
         unwrapped: whether to trace what the decorators of the forward wrap.
+        draws: whether to draw the random numbers that the forward asks for; otherwise they are values like others, so
+            that what is found does not depend on them.
     """
 
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, given: frozenset[str], guess: bool | None, unwrapped: bool) -> None:
+    def __init__(self, given: frozenset[str], guess: bool | None, unwrapped: bool, draws: bool) -> None:
         super().__init__(autowrap_functions=_MAKING_FUNCTIONS)
         self._autowrap_search.append(torch)
         self.given = given
         self.guess = guess
         self.unwrapped = unwrapped
+        self.draws = draws
         self.guesses = 0
 
     def create_args_for_root(
@@ -324,9 +341,32 @@ class _LocalTracer(fx.Tracer):
                 kwargs[parameter.name] = value
 
         def call() -> Any:
-            return function(*args, **kwargs)
+            with contextlib.nullcontext() if self.draws else self._draws_as_values():
+                return function(*args, **kwargs)
 
         return call, []
+
+    @contextlib.contextmanager
+    def _draws_as_values(self) -> Iterator[None]:
+        thread = threading.get_ident()
+
+        def value_of(function: Callable[..., Any]) -> Callable[..., Any]:
+            def draw(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != thread:
+                    return function(*args, **kwargs)
+                # torch.fx has put a function of its own there, another one for each trace.
+                return self.create_proxy("call_function", inspect.unwrap(function), args, kwargs)
+
+            return draw
+
+        originals = [(module, name, getattr(module, name)) for module, name in _DRAWING_FUNCTIONS]
+        try:
+            for module, name, function in originals:
+                setattr(module, name, value_of(function))
+            yield
+        finally:
+            for module, name, function in originals:
+                setattr(module, name, function)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A leaf, or what a module computes that the forward has made for this call, as in ``nn.ReLU()(x)``."""
@@ -388,15 +428,16 @@ def _trace(module: nn.Module) -> _Trace | str:
     longest: _Trace | None = None
     is_wrapped = hasattr(type(module).forward, "__wrapped__")
     unwrapping = (False, True) if is_wrapped else (False,)
-    for given, unwrapped, guess in itertools.product(_arguments_given(signature), unwrapping, (None, False, True)):
-        found = _attempt(module, _LocalTracer(given, guess, unwrapped))
+    ways = itertools.product((False, True), _arguments_given(signature), unwrapping, (None, False, True))
+    for draws, given, unwrapped, guess in ways:
+        found = _attempt(module, _LocalTracer(given, guess, unwrapped, draws))
         if found.broken_by:
             longest = found if longest is None or len(found.graph.nodes) > len(longest.graph.nodes) else longest
         elif guess is None:
             is_whole = found.is_whole and not is_wrapped and len(given) == len(signature.parameters) - 1
             return dataclasses.replace(found, is_whole=is_whole)
         else:
-            other = found if guess else _attempt(module, _LocalTracer(given, True, unwrapped))
+            other = found if guess else _attempt(module, _LocalTracer(given, True, unwrapped, draws))
             shows_more = not _calls(other.graph) <= _calls(found.graph)
             return _Trace(found.graph, False, other_way=other.graph if shows_more else None)
     assert longest is not None

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from chainzrule_kernels.functions import ACTIVATION_KINDS
 from chainzrule_kernels.functions.activations import Activation
@@ -313,7 +313,7 @@ def _kind_by_values(module: nn.Module) -> tuple[str | None, bool] | None:
     of ours, which it would not stay.
     """
     learnt = [*module.parameters(), *module.buffers()]
-    if "forward" in module.__dict__ or any(isinstance(value, UninitializedTensorMixin) for value in learnt):
+    if "forward" in module.__dict__ or any(map(is_lazy, learnt)):
         return None
     if any(value.numel() != 1 for value in learnt):
         return None
