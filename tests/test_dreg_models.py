@@ -668,6 +668,26 @@ def test_layers_that_a_forward_draws_lots_for_are_found_whatever_it_would_draw()
     assert len(ran) > 1
 
 
+class OnRequest(nn.Module):
+    """A linear map with an activation that the caller has to ask for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, both=False):
+        x = F.gelu(self.first(x))
+        return torch.tanh(self.second(x)) if both else x
+
+
+def test_a_linear_map_that_the_trace_does_not_show_is_named():
+    found = discover(OnRequest())
+    assert [layer.name for layer in found.layers] == ["gelu behind first"]
+    (row,) = found.skipped
+    assert (row.name, row.module) == ("second", "Linear")
+    assert row.reason == "what stands behind it is unknown: the forward of the model, a OnRequest, does not call it"
+
+
 def test_both_ways_through_a_condition_are_looked_at():
     class Forked(nn.Module):
         def __init__(self):

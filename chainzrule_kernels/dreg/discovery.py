@@ -144,7 +144,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class SkippedActivation:
-    """An activation that is not regularised, or a module that could not be looked into.
+    """An activation that is not regularised, a module that could not be looked into, or a linear map not called.
 
     Attributes:
         name: of the activation, as :attr:`Layer.name`; or of the module.
@@ -165,7 +165,8 @@ class Discovery:
         layers: in the order in which the model runs them, as far as it could be followed.
         possible: further activations, with no linear map in front, that can be regularised for themselves
             (``Σ_j f'(z_j)²``) when they are asked for by name.
-        skipped: every activation that is not in ``layers``, with the reason, and every opaque module.
+        skipped: every activation that is not in ``layers``, with the reason; every opaque module; and every linear map
+            that no forward calls as it was traced, perhaps because an argument with a default decides.
     """
 
     layers: Table[Layer]
@@ -497,6 +498,9 @@ _IN_PLACE_OPERATORS = frozenset(
 # ---- following ------------------------------------------------------------------------------------------------------
 
 
+_UNCALLED = "does not call it"
+
+
 class _Analysis:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -507,13 +511,17 @@ class _Analysis:
         self.reached: set[nn.Module] = set()
         self.running: set[nn.Module] = set()
         self.opaque: dict[str, str] = {}
+        self.uncalled: dict[str, str] = {}
 
     def follow_everything(self) -> None:
         self.call(self.model, [_Value("nothing in front of it")])
         for name, module in self.modules.items():
             # Those of a module that could not be traced, or that no trace reached.
             if module not in self.reached:
-                self.call(module, [_Value(self._why_unknown(name))])
+                reason = self._why_unknown(name)
+                if is_linear_map(module) and reason.endswith(_UNCALLED):
+                    self.uncalled[name] = reason.replace("in front of it", "behind it")
+                self.call(module, [_Value(reason)])
 
     def _why_unknown(self, name: str) -> str:
         parent = name.rpartition(".")[0]
@@ -524,7 +532,7 @@ class _Analysis:
             return f"what stands in front of it is unknown: the forward of {shown} cannot be traced"
         if isinstance(self.modules[parent], nn.ModuleList | nn.ModuleDict):
             return f"what stands in front of it is unknown: {shown} has no forward"
-        return f"what stands in front of it is unknown: the forward of {shown} does not call it"
+        return f"what stands in front of it is unknown: the forward of {shown} {_UNCALLED}"
 
     def call(self, module: nn.Module, arguments: list[_Value]) -> _Value:
         """The value that the module returns; notes the activations on the way."""
@@ -716,6 +724,8 @@ class _Analysis:
             )
             if not reason:
                 possible.setdefault(key, layer)
+        for name, reason in self.uncalled.items():
+            skipped[name] = SkippedActivation(name, type(self.modules[name]).__name__, reason)
         for name, reason in self.opaque.items():
             module = type(self.modules[name]).__name__
             skipped[name] = SkippedActivation(
