@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["constant_while_running", "show_to_function_modes"]
+__all__ = ["constant_while_running", "is_exporting", "show_to_function_modes"]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -25,6 +25,15 @@ def constant_while_running(function: Callable[Parameters, Result]) -> Callable[P
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_while_running
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces.
+
+    In the compiled functions of torch 2.10 to 2.12 :func:`torch.compiler.is_exporting` itself is always true.
+    """
+    return torch.compiler.is_exporting()
 
 
 def show_to_function_modes(functions: Collection[Callable[..., Any]]) -> bool:
