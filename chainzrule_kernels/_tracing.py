@@ -31,7 +31,7 @@ def constant_while_running(function: Callable[Parameters, Result]) -> Callable[P
 def is_exporting() -> bool:
     """Whether ``torch.export`` traces.
 
-    In the compiled functions of torch 2.10 to 2.12 :func:`torch.compiler.is_exporting` itself is always true.
+    In the compiled functions of torch 2.10 and 2.11 :func:`torch.compiler.is_exporting` itself is always true.
     """
     return torch.compiler.is_exporting()
 

@@ -14,7 +14,7 @@ inline std::string torch_abi() {
 
 }  // namespace chainzrule
 
-// Torch's build puts its own copy of pybind11 first, and that of torch 2.10 and 2.11 refuses to be included by code that keeps
+// Torch's build puts its own copy of pybind11 first, and that of torch 2.10 to 2.12 refuses to be included by code that keeps
 // to the stable ABI. pybind11 is headers only and uses nothing of torch, so a file that includes nothing else of torch may.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
