@@ -43,7 +43,7 @@ def show_to_function_modes(functions: Collection[Callable[..., Any]]) -> bool:
     modes outside of a compiled function. Nothing is to be settled before Dynamo has been imported.
 
     Warns:
-        UserWarning: when Dynamo keeps its list elsewhere than that of PyTorch 2.13 does.
+        UserWarning: when Dynamo keeps its list elsewhere than that of PyTorch 2.10 to 2.13 does.
     """
     module = sys.modules.get("torch._dynamo.variables.torch")
     if module is None:
