@@ -1016,6 +1016,8 @@ def test_a_call_on_a_condition_that_is_not_met_does_not_stop_the_compiler():
 @pytest.mark.parametrize("name", ["residual net", "language model"])
 def test_compile_with_inductor(name):
     model, x = built(name)
+    # In float32, since Inductor of torch 2.10 and 2.11 fails on the backward of attention in float64.
+    model, x = model.float(), x.float() if x.is_floating_point() else x
     reg = ck.DREG(model, STRENGTH)
     eager = step_function(model, reg)
     loss = eager(x)

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from chainzrule_kernels import _distributed
-from chainzrule_kernels._tracing import constant_while_running, show_to_function_modes
+from chainzrule_kernels._tracing import constant_while_running, is_exporting, show_to_function_modes
 from chainzrule_kernels.dreg.recognition import (
     ACTIVATION_FUNCTIONS,
     CONVOLUTIONS,
@@ -70,7 +70,7 @@ class Interception(abc.ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
         # What an export would record are the fake tensors of its trace.
-        if not self._is_attached or torch.compiler.is_exporting() or not self.is_needed:
+        if not self._is_attached or is_exporting() or not self.is_needed:
             return self.original(*args, **kwargs)
         return self.forward(*args, **kwargs)
 

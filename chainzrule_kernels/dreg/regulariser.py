@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from chainzrule_kernels._tracing import is_exporting
 from chainzrule_kernels.diagnostics import Table, percentile, tail_ratio
 from chainzrule_kernels.dreg.accumulated import Probes, TangentPass, find_start
 from chainzrule_kernels.dreg.attachment import Attachment, attached_interception
@@ -440,7 +441,7 @@ def _is_a_pass() -> bool:
     Inside the backward pass it is a checkpoint that recomputes the whole model, under vmap there is nothing to keep,
     and an export only traces.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return False
     return torch.compiler.is_compiling() or (torch._C._current_graph_task_id() == -1 and not is_under_vmap())
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from chainzrule_kernels import _distributed
 from chainzrule_kernels._remembered import remembered
+from chainzrule_kernels._tracing import is_exporting
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.functions.activations import Activation
 from chainzrule_kernels.functions.base import ScalarFunction
@@ -494,7 +495,7 @@ def active_record(module: nn.Module) -> JacobianRecord | ActivationRecords | Non
     """
     record: JacobianRecord | ActivationRecords | None = getattr(module, "jacobian_record", None)
     # What an export would record are the fake tensors of its trace.
-    if record is None or torch.compiler.is_exporting() or not record.forward_pass.is_listening:
+    if record is None or is_exporting() or not record.forward_pass.is_listening:
         return None
     refuse_replica(module)
     return record

@@ -87,7 +87,7 @@ def _windows(
     return numbers(size, geometry(window, stride, padding, dilation))
 
 
-# ---- the forward: (z, weight, factor, size, stride, padding, dilation, kind) -------------------------------------------
+# ---- the forward: (z, weight, factor, size, stride, padding, dilation, kind) ----------------------------------------
 
 _WEIGHTS = "Tensor weight, Tensor? factor"
 _WHERE = "int[] size, int[] stride, int[] padding, int[] dilation, str kind"
