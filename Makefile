@@ -11,7 +11,7 @@ DEPENDABLE  := $(VENV)/dependencies-installed
 LINKED      := $(VENV)/package-linked
 INSTALLED   := $(VENV)/native-module-built
 SANITIZED   := build/sanitize
-CPP_SOURCES := $(wildcard csrc/*/*)
+CPP_SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
 # Tests that run on a GPU, and those of the code that launches there; not every combination of everything.
 GPU_TESTS   ?= cuda-triton or test_gpu or test_triton_launch

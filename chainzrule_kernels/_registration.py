@@ -196,11 +196,18 @@ def _differentiable_functions(
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            if all(grad is None for grad in grads):
+            # Loops, since this stands between small kernels, and a generator takes several times as long.
+            for grad in grads:
+                if grad is not None:
+                    break
+            else:
                 return no_gradients
             needs = ctx.needs_input_grad[:tensor_count]
-            result = vjp(everything_saved(ctx), needs, grads)
-            return (*(grad if need else None for grad, need in zip(result, needs, strict=True)), *no_constant_gradients)
+            result = list(vjp(everything_saved(ctx), needs, grads))
+            for index, need in enumerate(needs):
+                if not need:
+                    result[index] = None
+            return (*result, *no_constant_gradients)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -217,7 +224,9 @@ def _differentiable_functions(
             ctx.set_materialize_grads(False)
             outputs = run(*inputs)
             first = outputs[0] if stands_in(inputs) else inputs[0]
-            tensors = (first, *inputs[1:tensor_count], *(outputs[index] for index in saves))
+            tensors = (first, *inputs[1:tensor_count])
+            if saves:
+                tensors += tuple(outputs[index] for index in saves)
             ctx.save_for_backward(*tensors)
             if forward_ad._current_level >= 0:
                 ctx.save_for_forward(*tensors)

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["constant_while_running", "show_to_function_modes"]
+__all__ = ["constant_while_running", "is_exporting", "show_to_function_modes"]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -27,6 +27,15 @@ def constant_while_running(function: Callable[Parameters, Result]) -> Callable[P
     return function
 
 
+@constant_while_running
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces.
+
+    In the compiled functions of torch 2.10 and 2.11 :func:`torch.compiler.is_exporting` itself is always true.
+    """
+    return torch.compiler.is_exporting()
+
+
 def show_to_function_modes(functions: Collection[Callable[..., Any]]) -> bool:
     """Have Dynamo show the calls of functions to torch function modes; whether that is settled.
 
@@ -34,7 +43,7 @@ def show_to_function_modes(functions: Collection[Callable[..., Any]]) -> bool:
     modes outside of a compiled function. Nothing is to be settled before Dynamo has been imported.
 
     Warns:
-        UserWarning: when Dynamo keeps its list elsewhere than that of PyTorch 2.13 does.
+        UserWarning: when Dynamo keeps its list elsewhere than that of PyTorch 2.10 to 2.13 does.
     """
     module = sys.modules.get("torch._dynamo.variables.torch")
     if module is None:

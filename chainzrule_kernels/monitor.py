@@ -70,9 +70,9 @@ class JacobianMonitor:
     Args:
         reg: the regulariser of the model.
         every: measure at every so many steps.
-        csv: a file that gets one line for each layer and measurement, with the columns of :class:`Measurement`. One
-            that is there already is gone on with: its lines become the beginning of :attr:`history`, and steps count
-            from its last one until :meth:`load_state_dict` says otherwise.
+        csv: a file that gets one line for each layer and measurement, with the columns of :class:`Measurement`; its
+            folder is made if need be. A file that is there already is gone on with: its lines become the beginning of
+            :attr:`history`, and steps count from its last one until :meth:`load_state_dict` says otherwise.
         tensorboard: a folder for event files, or a ``torch.utils.tensorboard.SummaryWriter``; its tags are
             ``jacobian/<layer>/<quantity>`` and ``jacobian/strength``.
         console: whether to print a table for each measurement.
@@ -105,6 +105,8 @@ class JacobianMonitor:
             raise ValueError(f"every: expected at least 1, got {every}")
         if not isinstance(console, bool):
             raise TypeError(f"console: expected True or False, got {type(console).__name__}")
+        if csv is not None and not isinstance(csv, str | os.PathLike):
+            raise TypeError(f"csv: expected a path, got {type(csv).__name__}")
         self.reg = reg
         self.every = every
         self.history: list[Measurement] = []
@@ -113,8 +115,10 @@ class JacobianMonitor:
         self._file = None if csv is None or not self._writes else Path(csv)
         self._writer: Any = _writer(tensorboard) if self._writes else None
         self._owns_writer = self._writer is not tensorboard
-        if self._file is not None and self._file.exists():
-            self.history = _read(self._file)
+        if self._file is not None:
+            # Now, and not after the first hundred steps.
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self.history = _read(self._file) if self._file.exists() else []
         self._position = self.history[-1].step if self.history else 0
 
     def step(self, *inputs: Any, **options: Any) -> Table[Measurement] | None:
@@ -199,15 +203,19 @@ class JacobianMonitor:
                 rows = [row for row in self.history if row.layer == layer and getattr(row, quantity) is not None]
                 values = [getattr(row, quantity) for row in rows]
                 mark = "o" if len(rows) == 1 else None
-                axis.plot([row.step for row in rows], values, color=colour, linestyle=style, marker=mark, label=layer)
+                axis.plot([row.step for row in rows], values, color=colour, linestyle=style, marker=mark)
         axes[3].set_ylim(bottom=0.0)
         if all(row.nonlinearity is None for row in self.history):
             axes[3].text(0.5, 0.5, "not measured: give step() the inputs", ha="center", transform=axes[3].transAxes)
         for axis in axes[2:]:
             axis.set_xlabel("step")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", title="layer", fontsize=8, ncols=columns)
+        lines = axes[0].get_lines()
+        numbers = list(map(str, range(len(layers))))
+        legend = figure.legend(lines, numbers, loc="outside right upper", title="layer", fontsize=8, ncols=columns)
+        # Behind it, since matplotlib leaves labels that begin with an underscore out.
+        for text, layer in zip(legend.get_texts(), layers, strict=True):
+            text.set(text=layer, parse_math=False)
         figure.suptitle("Layer Jacobian norms per sample, $\\Vert J\\Vert_F$", x=0.01, ha="left")
         figure.savefig(path, dpi=120)
         return Path(path)

@@ -123,3 +123,16 @@ def test_example_runs():
     assert finished.returncode == 0, finished.stderr
     last = next(line for line in finished.stdout.splitlines() if line.startswith("epoch 20"))
     assert float(last.split("test accuracy ")[1].split("%")[0]) > 95.0
+
+
+def test_two_lines_in_a_gelu_script_give_the_penalty_the_report_and_the_curves(tmp_path):
+    pytest.importorskip("matplotlib", reason="the example draws its curves with it")
+    folder = tmp_path / "curves"
+    finished = run("examples/dreg_gelu.py", "--epochs", "2", "--folder", str(folder))
+    assert finished.returncode == 0, finished.stderr
+    assert "1     GELU" in finished.stdout
+    assert "tail ratio  nonlinearity" in finished.stdout
+    first, *rows = (folder / "jacobians.csv").read_text().splitlines()
+    assert first.startswith("step,layer,mean,p99,tail_ratio,nonlinearity")
+    assert [row.split(",")[:2] for row in rows] == [["10", "1"], ["10", "3"]]
+    assert (folder / "jacobians.png").read_bytes()[:4] == b"\x89PNG"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import weakref
 
 import pytest
 import torch
 import torch._dynamo
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -739,6 +741,30 @@ def test_schedule_scales_the_strength_and_its_position_is_its_state():
     assert other.state_dict() == {"position": 2}
 
 
+@pytest.mark.parametrize(
+    ("schedule", "error", "message"),
+    [
+        (lambda step: 0.5 - step, ValueError, "schedule: expected a finite number of at least 0 at step 1, got -0.5"),
+        (lambda step: math.nan if step else 1.0, ValueError, "schedule: .* at step 1, got nan"),
+        (lambda step: "half" if step else 1.0, TypeError, "schedule: .* gives a number, got str at step 1"),
+    ],
+)
+def test_a_schedule_that_gives_no_strength_is_refused(schedule, error, message):
+    reg = ck.DREG(net_of(2, 2, 2), STRENGTH, schedule=schedule)
+    with pytest.raises(error, match=message):
+        reg.step()
+
+
+def test_a_schedule_that_fails_at_once_leaves_the_model_as_it_is():
+    net = net_of(2, 2, 2)
+    attributes = [set(module.__dict__) for module in net.modules()]
+    with pytest.raises(ValueError, match="at step 0, got -1"):
+        ck.DREG(net, schedule=lambda step: -1.0)
+    assert [set(module.__dict__) for module in net.modules()] == attributes
+    assert not net._forward_hooks
+    ck.DREG(net)
+
+
 def test_a_step_before_the_backward_does_not_disturb_it():
     net = net_of(4, 5, 3)
     reg = ck.DREG(net, STRENGTH, schedule=ck.schedules.linear(1.0, 0.0, 4))
@@ -778,6 +804,15 @@ def test_report_is_of_the_norms_of_the_latest_pass():
         assert row.p99 == pytest.approx(norms.quantile(0.99).item())
         assert row.tail_ratio == pytest.approx(row.p99 / row.mean)
         assert row.nonlinearity is None
+
+
+def test_report_of_an_empty_batch_is_nan_and_no_error():
+    net = net_of(4, 5, 3)
+    reg = ck.DREG(net)
+    net(batch(0, 4))
+    (row,) = reg.report()
+    assert row.name == "0"
+    assert all(map(math.isnan, (row.mean, row.p99, row.tail_ratio)))
 
 
 @pytest.mark.parametrize("variant", ["layer", "activation"])
@@ -854,6 +889,20 @@ def test_compile_equals_eager_without_breaks_or_recompiles(what, variant):
             for found, wanted in zip((loss, *gradients(net, loss)), results, strict=True):
                 torch.testing.assert_close(found, wanted)
             reg.step()
+
+
+def test_compile_recompiles_when_the_model_without_it_does():
+    counts = []
+    for regularised in (False, True):
+        torch._dynamo.reset()
+        net = net_of(4, 5, 6, 3)
+        step = step_function(net, ck.DREG(net, STRENGTH)) if regularised else net
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(step, fullgraph=True, backend=counter)
+        for count in (7, 8, 11, 3, 7):
+            compiled(batch(count, 4))
+        counts.append(counter.frame_count)
+    assert counts == [2, 2]  # the first batch, and then one of any size
 
 
 def test_compile_with_inductor():

@@ -312,14 +312,15 @@ def test_autocast_of_the_forward_pass_holds_for_the_tangents():
     torch.testing.assert_close(penalty, exact, rtol=0.05, atol=0.0)
 
 
-def test_activation_checkpointing_is_refused_rather_than_losing_the_tangents():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_refused_rather_than_losing_the_tangents(reentrant):
     class Checkpointed(nn.Module):
         def __init__(self, net):
             super().__init__()
             self.net = net
 
         def forward(self, x):
-            return checkpoint(self.net, x, use_reentrant=False)
+            return checkpoint(self.net, x, use_reentrant=reentrant)
 
     net, x = built("perceptron")
     model = Checkpointed(net)

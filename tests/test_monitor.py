@@ -131,6 +131,11 @@ def test_csv_has_a_header_and_every_measurement(tmp_path):
     assert rows[-1][COLUMNS.index("nonlinearity")] == ""
 
 
+def test_csv_gets_its_folder_before_anything_is_measured(tmp_path):
+    ck.JacobianMonitor(ck.DREG(net()), csv=tmp_path / "new" / "run" / "jacobians.csv")
+    assert (tmp_path / "new" / "run").is_dir()
+
+
 def test_csv_of_an_earlier_run_is_gone_on_with(tmp_path):
     path = tmp_path / "jacobians.csv"
     model = net()
@@ -301,12 +306,26 @@ def test_plot_draws_a_curve_for_each_layer_and_quantity(tmp_path, monkeypatch):
             assert list(line.get_ydata()) == [getattr(row, quantity) for row in rows]
 
 
+def test_plot_names_every_layer_as_it_is_called(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure", reason="the package matplotlib is not installed")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    monitor = ck.JacobianMonitor(ck.DREG(net()))
+    names = ["_private", "a $ and a $", "plain"]  # matplotlib leaves the first out, and sets the second as a formula
+    monitor.history = [ck.Measurement(step, name, 1.0, 1.0, 1.0, 0.5, 1.0) for step in (1, 2) for name in names]
+    monitor.plot(tmp_path / "jacobians.png")
+    texts = drawn[0].legends[0].get_texts()
+    assert [text.get_text() for text in texts] == names
+    assert not any(text.get_parse_math() for text in texts)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"every": 0}, ValueError, "every: expected at least 1, got 0"),
         ({"every": 1.0}, TypeError, "every: expected an int, got float"),
         ({"console": "yes"}, TypeError, "console: expected True or False, got str"),
+        ({"csv": 3}, TypeError, "csv: expected a path, got int"),
         ({"tensorboard": 3}, TypeError, "tensorboard: expected a path or a .*SummaryWriter, got int"),
         ({"reg": None}, TypeError, "reg: expected a chainzrule_kernels.DREG, got NoneType"),
     ],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -195,7 +196,7 @@ class TangentPass:
             for device, dtype, enabled in self._autocast:
                 stack.enter_context(torch.autocast(device, dtype, enabled))
             stack.enter_context(torch.set_grad_enabled(self._grad))
-            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS))
+            stack.enter_context(_refused_checkpoints())
             # The fused attention kernels have no forward mode.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_PlainNorms())
@@ -206,6 +207,27 @@ _NO_CHECKPOINTS = (
     "DREG: the variant 'accumulated' does not go with activation checkpointing, which would run a part of the model "
     "again without its tangents. Switch it off, or take variant='layer'"
 )
+
+
+@contextlib.contextmanager
+def _refused_checkpoints() -> Iterator[None]:
+    """Raise for a checkpoint in the model.
+
+    A checkpoint of torch 2.10 and 2.11, and a reentrant one of any version, fails before it asks for saved tensors, for
+    want of a forward mode of its own.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS):
+            yield
+    except RuntimeError as error:
+        if str(error) != _NO_CHECKPOINTS and _passed_a_checkpoint(error):
+            raise RuntimeError(_NO_CHECKPOINTS) from error
+        raise
+
+
+def _passed_a_checkpoint(error: BaseException) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame in frames)
 
 
 class _PlainNorms(TorchFunctionMode):

@@ -12,11 +12,14 @@ children on their own, and its other calls are unknown. :attr:`Discovery.skipped
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
 import operator
+import random
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,8 +32,10 @@ from chainzrule_kernels.diagnostics import Table
 from chainzrule_kernels.dreg.recognition import (
     CONVOLUTIONS,
     ELEMENTWISE_FUNCTIONS,
+    NOT_OURS,
     OTHER_NORM_FUNCTIONS,
     PART_FUNCTIONS,
+    POSSIBLE_ACTIVATIONS,
     PRODUCTS,
     TRANSPARENT_FUNCTIONS,
     ActivationCall,
@@ -139,7 +144,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class SkippedActivation:
-    """An activation that is not regularised, or a module that could not be looked into.
+    """An activation that is not regularised, a module that could not be looked into, or a linear map not called.
 
     Attributes:
         name: of the activation, as :attr:`Layer.name`; or of the module.
@@ -160,7 +165,8 @@ class Discovery:
         layers: in the order in which the model runs them, as far as it could be followed.
         possible: further activations, with no linear map in front, that can be regularised for themselves
             (``Σ_j f'(z_j)²``) when they are asked for by name.
-        skipped: every activation that is not in ``layers``, with the reason, and every opaque module.
+        skipped: every activation that is not in ``layers``, with the reason; every opaque module; and every linear map
+            that no forward calls as it was traced, perhaps because an argument with a default decides.
     """
 
     layers: Table[Layer]
@@ -263,6 +269,17 @@ _MAKING_FUNCTIONS = (
 )
 
 
+# What a forward may draw to choose its way, as stochastic depth does.
+_DRAWING_FUNCTIONS = tuple(
+    (module, name)
+    for module, names in (
+        (torch, ("rand", "randn", "randint", "randperm")),
+        (random, ("random", "uniform", "randint", "randrange")),
+    )
+    for name in names
+)
+
+
 class _GuessingProxy(fx.Proxy):
     """A value that passes for what a forward needs to know of it: a number is 2, and so is the number of parts."""
 
@@ -290,17 +307,20 @@ class _LocalTracer(fx.Tracer):
         given: the names of the arguments that the forward is called with; the others have their defaults.
         guess: None to take nothing for granted.
         unwrapped: whether to trace what the decorators of the forward wrap.
+        draws: whether to draw the random numbers that the forward asks for; otherwise they are values like others, so
+            that what is found does not depend on them.
     """
 
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, given: frozenset[str], guess: bool | None, unwrapped: bool) -> None:
+    def __init__(self, given: frozenset[str], guess: bool | None, unwrapped: bool, draws: bool) -> None:
         super().__init__(autowrap_functions=_MAKING_FUNCTIONS)
         self._autowrap_search.append(torch)
         self.given = given
         self.guess = guess
         self.unwrapped = unwrapped
+        self.draws = draws
         self.guesses = 0
 
     def create_args_for_root(
@@ -322,9 +342,32 @@ class _LocalTracer(fx.Tracer):
                 kwargs[parameter.name] = value
 
         def call() -> Any:
-            return function(*args, **kwargs)
+            with contextlib.nullcontext() if self.draws else self._draws_as_values():
+                return function(*args, **kwargs)
 
         return call, []
+
+    @contextlib.contextmanager
+    def _draws_as_values(self) -> Iterator[None]:
+        thread = threading.get_ident()
+
+        def value_of(function: Callable[..., Any]) -> Callable[..., Any]:
+            def draw(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != thread:
+                    return function(*args, **kwargs)
+                # torch.fx has put a function of its own there, another one for each trace.
+                return self.create_proxy("call_function", inspect.unwrap(function), args, kwargs)
+
+            return draw
+
+        originals = [(module, name, getattr(module, name)) for module, name in _DRAWING_FUNCTIONS]
+        try:
+            for module, name, function in originals:
+                setattr(module, name, value_of(function))
+            yield
+        finally:
+            for module, name, function in originals:
+                setattr(module, name, function)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A leaf, or what a module computes that the forward has made for this call, as in ``nn.ReLU()(x)``."""
@@ -386,15 +429,16 @@ def _trace(module: nn.Module) -> _Trace | str:
     longest: _Trace | None = None
     is_wrapped = hasattr(type(module).forward, "__wrapped__")
     unwrapping = (False, True) if is_wrapped else (False,)
-    for given, unwrapped, guess in itertools.product(_arguments_given(signature), unwrapping, (None, False, True)):
-        found = _attempt(module, _LocalTracer(given, guess, unwrapped))
+    ways = itertools.product((False, True), _arguments_given(signature), unwrapping, (None, False, True))
+    for draws, given, unwrapped, guess in ways:
+        found = _attempt(module, _LocalTracer(given, guess, unwrapped, draws))
         if found.broken_by:
             longest = found if longest is None or len(found.graph.nodes) > len(longest.graph.nodes) else longest
         elif guess is None:
             is_whole = found.is_whole and not is_wrapped and len(given) == len(signature.parameters) - 1
             return dataclasses.replace(found, is_whole=is_whole)
         else:
-            other = found if guess else _attempt(module, _LocalTracer(given, True, unwrapped))
+            other = found if guess else _attempt(module, _LocalTracer(given, True, unwrapped, draws))
             shows_more = not _calls(other.graph) <= _calls(found.graph)
             return _Trace(found.graph, False, other_way=other.graph if shows_more else None)
     assert longest is not None
@@ -454,6 +498,9 @@ _IN_PLACE_OPERATORS = frozenset(
 # ---- following ------------------------------------------------------------------------------------------------------
 
 
+_UNCALLED = "does not call it"
+
+
 class _Analysis:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -464,13 +511,17 @@ class _Analysis:
         self.reached: set[nn.Module] = set()
         self.running: set[nn.Module] = set()
         self.opaque: dict[str, str] = {}
+        self.uncalled: dict[str, str] = {}
 
     def follow_everything(self) -> None:
         self.call(self.model, [_Value("nothing in front of it")])
         for name, module in self.modules.items():
             # Those of a module that could not be traced, or that no trace reached.
             if module not in self.reached:
-                self.call(module, [_Value(self._why_unknown(name))])
+                reason = self._why_unknown(name)
+                if is_linear_map(module) and reason.endswith(_UNCALLED):
+                    self.uncalled[name] = reason.replace("in front of it", "behind it")
+                self.call(module, [_Value(reason)])
 
     def _why_unknown(self, name: str) -> str:
         parent = name.rpartition(".")[0]
@@ -481,7 +532,7 @@ class _Analysis:
             return f"what stands in front of it is unknown: the forward of {shown} cannot be traced"
         if isinstance(self.modules[parent], nn.ModuleList | nn.ModuleDict):
             return f"what stands in front of it is unknown: {shown} has no forward"
-        return f"what stands in front of it is unknown: the forward of {shown} does not call it"
+        return f"what stands in front of it is unknown: the forward of {shown} {_UNCALLED}"
 
     def call(self, module: nn.Module, arguments: list[_Value]) -> _Value:
         """The value that the module returns; notes the activations on the way."""
@@ -586,6 +637,8 @@ class _Analysis:
         call = describe_call(function, node.args, node.kwargs)
         if call is not None:
             return self._activation(_Site(name, module, None, call, value))
+        if function in POSSIBLE_ACTIVATIONS and value.linear is not None:
+            self.sites.append(_Site(name, module, None, ActivationCall(label.rstrip("_"), None, NOT_OURS), value))
         if function in TRANSPARENT_FUNCTIONS:
             return value.through(Between(name, module, "transparent", is_function=True))
         if value.is_several and function is operator.getitem and isinstance(node.args[1], int):
@@ -671,6 +724,8 @@ class _Analysis:
             )
             if not reason:
                 possible.setdefault(key, layer)
+        for name, reason in self.uncalled.items():
+            skipped[name] = SkippedActivation(name, type(self.modules[name]).__name__, reason)
         for name, reason in self.opaque.items():
             module = type(self.modules[name]).__name__
             skipped[name] = SkippedActivation(

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from chainzrule_kernels import _distributed
-from chainzrule_kernels._tracing import constant_while_running, show_to_function_modes
+from chainzrule_kernels._tracing import constant_while_running, is_exporting, show_to_function_modes
 from chainzrule_kernels.dreg.recognition import (
     ACTIVATION_FUNCTIONS,
     CONVOLUTIONS,
@@ -42,6 +42,7 @@ from chainzrule_kernels.nn.jacobian_record import (
     ForwardPass,
     RowSq,
     Source,
+    fixed_activation,
     set_source,
     source_of,
     with_versions,
@@ -69,7 +70,7 @@ class Interception(abc.ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
         # What an export would record are the fake tensors of its trace.
-        if not self._is_attached or torch.compiler.is_exporting() or not self.is_needed:
+        if not self._is_attached or is_exporting() or not self.is_needed:
             return self.original(*args, **kwargs)
         return self.forward(*args, **kwargs)
 
@@ -179,7 +180,8 @@ class MarkingLinear(Interception):
         assert isinstance(weight, Tensor)
         if isinstance(self.module, CONVOLUTIONS):
             convolution = self.module
-            return convolution_in_front(weight, x, convolution.stride, convolution.padding, convolution.dilation)
+            where = (convolution.stride, convolution.padding, convolution.dilation)
+            return convolution_in_front(weight, x, *where, weight_stays=not self.forward_pass.shares_work)
         return squared_row_norms(weight.t() if is_transformers_conv1d(self.module) else weight, y)
 
 
@@ -202,7 +204,7 @@ class RecordingActivation(Interception):
         self, module: nn.Module, forward_pass: ForwardPass, kind: str, records: ActivationRecords, in_place: bool
     ) -> None:
         super().__init__(module, forward_pass)
-        self.function = FixedActivation(kind)
+        self.function = fixed_activation(kind)
         self.records = records
         self.in_place = in_place
 
@@ -266,7 +268,7 @@ class _FunctionMode(TorchFunctionMode):
             records = self.records.get(ACTIVATION_FUNCTIONS[func])
             call = None if records is None else describe_call(func, args, kwargs)
             if records is not None and call is not None and call.kind is not None:
-                y = apply_recorded(records, FixedActivation(call.kind), _first(args, kwargs), call.in_place)
+                y = apply_recorded(records, fixed_activation(call.kind), _first(args, kwargs), call.in_place)
                 if y is not None:
                     self._refuse_checkpoint(call.name)
                     return y

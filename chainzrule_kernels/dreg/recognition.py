@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from chainzrule_kernels.functions import ACTIVATION_KINDS
 from chainzrule_kernels.functions.activations import Activation
@@ -124,9 +125,11 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
 FUNCTIONS_HIDDEN_BY_DYNAMO: frozenset[Any] = frozenset({F.tanh, F.sigmoid, torch.relu_, torch.tanh_, torch.sigmoid_})
 # Named in the table of what is not regularised, so that nobody takes them for regularised.
 _OTHER_ACTIVATIONS: dict[Any, str] = {
-    getattr(F, name): name
+    getattr(where, name): name.rstrip("_")
+    for where in (F, torch, Tensor)
     for name in (
         "celu",
+        "celu_",
         "elu",
         "elu_",
         "glu",
@@ -141,6 +144,7 @@ _OTHER_ACTIVATIONS: dict[Any, str] = {
         "prelu",
         "relu6",
         "rrelu",
+        "rrelu_",
         "selu",
         "selu_",
         "softshrink",
@@ -149,7 +153,20 @@ _OTHER_ACTIVATIONS: dict[Any, str] = {
         "threshold",
         "threshold_",
     )
+    if hasattr(where, name)
 }
+# These may be anything; right behind a linear map they are named as well. clamp(min=0) is relu by hand.
+POSSIBLE_ACTIVATIONS: frozenset[Any] = frozenset(
+    {
+        torch.special.expit,
+        *(
+            getattr(where, name)
+            for where in (torch, Tensor)
+            for name in ("arctan", "atan", "clamp", "clamp_", "clamp_min", "clip", "cos", "erf", "exp", "sin", "sin_")
+            if hasattr(where, name)
+        ),
+    }
+)
 _OTHER_ACTIVATION_MODULES = (
     nn.CELU,
     nn.ELU,
@@ -292,12 +309,17 @@ def _kind_by_values(module: nn.Module) -> tuple[str | None, bool] | None:
 
     The same in training and in evaluation. The kind is None for a function of each number that is not one of ours. All
     is None for anything else, and for a module that does more than compute, such as one that keeps its output: what
-    stands in its place would not do that.
+    stands in its place would not do that. A module with a number or two to learn may be such a function, and never one
+    of ours, which it would not stay.
     """
-    if "forward" in module.__dict__ or any(True for _ in (*module.parameters(), *module.buffers())):
+    learnt = [*module.parameters(), *module.buffers()]
+    if "forward" in module.__dict__ or any(map(is_lazy, learnt)):
+        return None
+    if any(value.numel() != 1 for value in learnt):
         return None
     found = {_kind_of_values(module, training) for training in (module.training, not module.training)}
-    return found.pop() if len(found) == 1 else None
+    only = found.pop() if len(found) == 1 else None
+    return None if learnt and only is not None and only[0] is not None else only
 
 
 def _kind_of_values(module: nn.Module, training: bool) -> tuple[str | None, bool] | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from chainzrule_kernels._tracing import is_exporting
 from chainzrule_kernels.diagnostics import Table, percentile, tail_ratio
 from chainzrule_kernels.dreg.accumulated import Probes, TangentPass, find_start
 from chainzrule_kernels.dreg.attachment import Attachment, attached_interception
@@ -54,7 +55,8 @@ class DREG:
         reduction: mean or sum over batch, units and layers; by default mean, sum and sum.
         probes: for the variant ``"accumulated"``: how many Gaussian tangents estimate each norm, without bias, or
             ``"exact"`` for one tangent for each number of a sample's input. Otherwise leave it at 1.
-        schedule: a factor on the strength for each step, such as ``ck.schedules.linear(1.0, 0.0, 1000)``; None for 1.
+        schedule: a factor on the strength for each step, such as ``ck.schedules.linear(1.0, 0.0, 1000)``, at least 0;
+            None for 1.
         layers: names of those to regularise, in which ``*`` and ``?`` are wildcards, or a predicate on
             :class:`~chainzrule_kernels.dreg.discovery.Layer`; None for all. A layer answers to its own name, its linear
             map's and its activation's. By name, activations with no linear map in front can be asked for, too.
@@ -118,6 +120,8 @@ class DREG:
                 f"{_listing(discovery.skipped)}"
             )
         self._weights = weights_of(found, weights)
+        # What the user's functions raise, they raise before anything stands on the model.
+        self._strength = self._strength_tensor()
         self.layers: Table[RegularisedLayer] = Table(
             _row(layer, variant, weight) for layer, weight in zip(found, self._weights, strict=True)
         )
@@ -141,7 +145,6 @@ class DREG:
         ]
         if variant == "accumulated":
             self._handles.append(self.model.register_forward_pre_hook(self._keep_arguments, with_kwargs=True))
-        self._strength = self._strength_tensor()
 
     # ---- the forward pass -------------------------------------------------------------------------------------------
 
@@ -261,11 +264,29 @@ class DREG:
 
     @property
     def strength(self) -> float:
-        """The strength at this step: that of the constructor times the schedule's factor."""
-        return self._base_strength * (1.0 if self.schedule is None else float(self.schedule(self._position)))
+        """The strength at this step: that of the constructor times the schedule's factor.
+
+        Raises:
+            TypeError, ValueError: when the schedule gives something else than a finite number of at least 0.
+        """
+        if self.schedule is None:
+            return self._base_strength
+        factor = self.schedule(self._position)
+        try:
+            number = float(factor)
+        except (TypeError, ValueError) as error:
+            got = f"{type(factor).__name__} at step {self._position}"
+            raise TypeError(f"schedule: expected a function that gives a number, got {got}") from error
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError(f"schedule: expected a finite number of at least 0 at step {self._position}, got {number}")
+        return self._base_strength * number
 
     def step(self) -> None:
-        """Advance the schedule by one step; call it after the optimizer's."""
+        """Advance the schedule by one step; call it after the optimizer's.
+
+        Raises:
+            TypeError, ValueError: as :attr:`strength`.
+        """
         self._position += 1
         self._strength = self._strength_tensor()
 
@@ -277,7 +298,7 @@ class DREG:
         """Go on from a position that :meth:`state_dict` returned.
 
         Raises:
-            TypeError, ValueError: when ``state`` is not what :meth:`state_dict` returns.
+            TypeError, ValueError: when ``state`` is not what :meth:`state_dict` returns; and as :attr:`strength`.
         """
         if not isinstance(state, dict):
             raise TypeError(f"state: expected what DREG.state_dict() returns, got {type(state).__name__}")
@@ -321,7 +342,7 @@ class DREG:
             **keywords: the model's keyword arguments, likewise.
 
         Returns:
-            One :class:`LayerReport` for each layer that ran; print the table to read it.
+            One :class:`LayerReport` for each layer that ran; print the table to read it. NaN for an empty batch.
 
         Raises:
             RuntimeError: when the model, or every regularised layer of it, has not run since the regulariser was
@@ -357,9 +378,10 @@ class DREG:
             if calls:
                 norms = torch.cat([jac_sq.detach().flatten() for jac_sq, _ in calls]).sqrt()
                 mean = norms.mean(dtype=torch.float64).item()
-                rows.append(
-                    LayerReport(layer.name, mean, percentile(norms, 99.0), tail_ratio(norms), record.nonlinearity)
-                )
+                # Of an empty batch, whose mean is NaN too.
+                is_empty = norms.numel() == 0
+                p99, ratio = (math.nan, math.nan) if is_empty else (percentile(norms, 99.0), tail_ratio(norms))
+                rows.append(LayerReport(layer.name, mean, p99, ratio, record.nonlinearity))
         if not rows:
             raise self._nothing_recorded()
         return Table(rows)
@@ -419,7 +441,7 @@ def _is_a_pass() -> bool:
     Inside the backward pass it is a checkpoint that recomputes the whole model, under vmap there is nothing to keep,
     and an export only traces.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return False
     return torch.compiler.is_compiling() or (torch._C._current_graph_task_id() == -1 and not is_under_vmap())
 
@@ -477,7 +499,8 @@ def _have_one_shape(one: Tensor, other: Tensor) -> bool:
 def _check_mask(mask: Tensor | None, name: str, jac_sq: Tensor) -> None:
     if mask is not None and mask.shape != jac_sq.shape:
         raise ValueError(
-            f"mask: expected the shape {tuple(jac_sq.shape)} of layer {name!r}'s norms, got {tuple(mask.shape)}"
+            f"mask: expected the shape {tuple(jac_sq.shape)} of layer {name!r}'s norms, got {tuple(mask.shape)}; leave "
+            "layers of other samples than the mask's out with layers="
         )
 
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from chainzrule_kernels import _distributed
+from chainzrule_kernels._remembered import remembered
+from chainzrule_kernels._tracing import is_exporting
 from chainzrule_kernels.functions import compute_dtype
 from chainzrule_kernels.functions.activations import Activation
 from chainzrule_kernels.functions.base import ScalarFunction
@@ -69,6 +71,7 @@ class ForwardPass:
         is_complete: whether the latest pass reached its end. One that an exception ended did not.
         measures_nonlinearity: whether the layers measure it beside their norms.
         is_silent: whether the layers record nothing in the model's own pass, since tangents will run behind it.
+        shares_work: whether other processes share the work, which may take a layer's weight away behind its forward.
         outputs: while tangents run, what the layers have given out so far; otherwise None.
         regulariser: the one that this belongs to; a copy of a layer alone has none.
         latest: what the latest pass is known by; None before the first and for one of compiled code.
@@ -80,6 +83,7 @@ class ForwardPass:
         self.is_complete = False
         self.measures_nonlinearity = False
         self.is_silent = False
+        self.shares_work = False
         self.outputs: list[Output] | None = None
         self.regulariser: weakref.ref[DREG] | None = None
         self.latest: object = None
@@ -108,6 +112,7 @@ class ForwardPass:
                     # Two frames up: the one that runs the hook, and then the forward.
                     self._caller, self._thread = sys._getframe(2), threading.get_ident()
                     self.latest = _own_passes.latest[self] = object()
+                    self.shares_work = _distributed.may_shard()
         self.depth += 1
         if self.depth > 1:
             return False
@@ -196,6 +201,8 @@ def is_under_vmap() -> bool:
     What a value is there means nothing once the transform has ended, and it need not be a batched tensor itself: it
     may be one that torch.func.grad has wrapped.
     """
+    if not torch._C._are_functorch_transforms_active():
+        return False
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
@@ -316,6 +323,12 @@ class FixedActivation:
         if isinstance(tap_sq, ConvolutionInFront):
             return tap_sq.activation_dreg(z, self.kind)
         return activation_spatial_dreg(z, self.kind, tap_sq)
+
+
+@remembered
+def fixed_activation(kind: str) -> FixedActivation:
+    """The activation of that kind: one object for all that ask, which nobody changes."""
+    return FixedActivation(kind)
 
 
 class LearnablePolynomial:
@@ -482,7 +495,7 @@ def active_record(module: nn.Module) -> JacobianRecord | ActivationRecords | Non
     """
     record: JacobianRecord | ActivationRecords | None = getattr(module, "jacobian_record", None)
     # What an export would record are the fake tensors of its trace.
-    if record is None or torch.compiler.is_exporting() or not record.forward_pass.is_listening:
+    if record is None or is_exporting() or not record.forward_pass.is_listening:
         return None
     refuse_replica(module)
     return record

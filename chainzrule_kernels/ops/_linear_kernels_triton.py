@@ -83,7 +83,8 @@ def linear_dreg_kernel(
         present = vector_start < tl.minimum(inner - step * INNER, INNER).to(tl.int32)
         x = tl.load(x_tile, mask=present[None, :], other=0.0)
         weight = tl.load(weight_tile, mask=present[:, None], other=0.0)
-        z = tl.dot(x, weight, z, input_precision=PRECISION)
+        # Triton 3.6 and 3.7 take float32 for the dtype of the result unless told, and refuse another z.
+        z = tl.dot(x, weight, z, input_precision=PRECISION, out_dtype=COMPUTE)
         x_tile += INNER
         weight_tile += INNER
 

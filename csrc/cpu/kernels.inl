@@ -314,9 +314,9 @@ void backward_rows(const BackwardRows<E>& given) {
     if (!rows.sums) return;
     unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
       E lanes[kLanes<E>];
-      store(lanes, E(0.5) * rows.twice_grad_norm * squares[i], Whole{});
+      store(lanes, keep_from(E(0.5) * rows.twice_grad_norm * squares[i], first_lane[i]), Whole{});
       double* sums = rows.sums + offsets[i];
-      for (int64_t lane = first_lane[i]; lane < kLanes<E>; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
+      for (int64_t lane = 0; lane < kLanes<E>; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
     });
   });
 }

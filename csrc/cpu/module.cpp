@@ -1,12 +1,10 @@
 // The Python module: what it was built for and which instruction set runs. The kernels themselves reach PyTorch through the
 // dispatcher (ops.cpp).
 
-#include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
-
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "python_module.h"
 
 namespace py = pybind11;
 
@@ -26,8 +24,7 @@ py::dict built_for() {
   result["architecture"] = "portable";
   result["instruction_sets"] = "baseline";
 #endif
-  const unsigned long long target = TORCH_TARGET_VERSION;
-  result["torch_abi"] = std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xFF) + " and newer";
+  result["torch_abi"] = chainzrule::torch_abi();
 #if defined(CHAINZRULE_KERNELS_SANITIZE)
   result["sanitizers"] = "address, undefined";
 #endif

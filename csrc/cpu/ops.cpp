@@ -105,6 +105,9 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   return Tensor(result);
 }
 
+// The dispatcher is asked only where there is something to copy.
+Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 Tensor in_type(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
@@ -148,7 +151,7 @@ class Rows {
   Rows() = default;
   explicit Rows(const Tensor& tensor) : tensor_(tensor) {
     if (!evenly_spaced()) {
-      tensor_ = torch::stable::contiguous(tensor);
+      tensor_ = as_contiguous(tensor);
       STD_TORCH_CHECK(evenly_spaced(), "chainzrule_kernels: a contiguous copy has unexpected strides");
     }
   }
@@ -188,7 +191,7 @@ class Rows {
 class TangentRows {
  public:
   TangentRows() = default;
-  explicit TangentRows(const Tensor& tensor) : rows_(torch::stable::contiguous(tensor)) {
+  explicit TangentRows(const Tensor& tensor) : rows_(as_contiguous(tensor)) {
     tangent_stride_ = rows_of(tensor) / std::max<int64_t>(tensor.size(0), 1) * tensor.size(tensor.dim() - 1);
   }
   explicit TangentRows(const OptionalTensor& tensor) {
@@ -207,6 +210,20 @@ Matrix matrix_of(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 0};
 }
 
+// The one number of a tensor (N,) of stride 0, N times.
+Tensor repeated(const Tensor& tensor, ScalarType type) {
+  if (tensor.scalar_type() != type) return as_contiguous(in_type(tensor, type));
+  const Tensor result = empty({tensor.size(0)}, type);
+  const void* from = tensor.const_data_ptr();
+  void* to = result.mutable_data_ptr();
+  if (type == ScalarType::Double) {
+    std::fill_n(static_cast<double*>(to), tensor.size(0), *static_cast<const double*>(from));
+  } else {
+    std::fill_n(static_cast<float*>(to), tensor.size(0), *static_cast<const float*>(from));
+  }
+  return result;
+}
+
 // A parameter or per-sample quantity, contiguous and in the compute type.
 class Parameters {
  public:
@@ -214,7 +231,12 @@ class Parameters {
   Parameters(const OptionalTensor& tensor, ScalarType type) {
     if (!tensor) return;
     data_type_of(*tensor);  // refuses what is not floating
-    tensor_ = torch::stable::contiguous(in_type(*tensor, type));
+    if (tensor->dim() == 1 && tensor->stride(0) == 0 && tensor->size(0) > 1) {
+      // What a sum or mean over the samples sends to their norms. The dispatcher would take longer than most kernels.
+      tensor_ = repeated(*tensor, type);
+    } else {
+      tensor_ = as_contiguous(in_type(*tensor, type));
+    }
   }
   const void* data() const { return tensor_ ? tensor_->const_data_ptr() : nullptr; }
 
@@ -624,7 +646,7 @@ class MapLayout {
 // otherwise.
 class Images {
  public:
-  explicit Images(const Tensor& maps) : maps_(without_gaps(maps) ? maps : torch::stable::contiguous(maps)) {}
+  explicit Images(const Tensor& maps) : maps_(without_gaps(maps) ? maps : as_contiguous(maps)) {}
   static Images of(const OptionalTensor& maps, const MapLayout& layout) {
     return maps ? Images(layout.in_order_of_memory(*maps)) : Images();
   }
@@ -789,7 +811,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const Optio
   Tensor grad_tap_sq = nothing(z);
   if (sums_per_channel) grad_tap_sq = sums.row_sq_gradient(*tap_sq, z);
   if (sums_per_column) {
-    grad_tap_sq = torch::stable::contiguous(layout.in_order_of_schema(column_sums->added_up(tap_sq->scalar_type()), 0));
+    grad_tap_sq = as_contiguous(layout.in_order_of_schema(column_sums->added_up(tap_sq->scalar_type()), 0));
   }
   return {grad_z, grad_tap_sq, needs.coefficients ? sums.coefficient_gradient(*coeffs, z) : nothing(z)};
 }
@@ -888,7 +910,7 @@ class SquaredWeight {
  public:
   SquaredWeight(const Tensor& weight, const Integers& size, const Integers& stride, const Integers& padding,
                 const Integers& dilation)
-      : weight_(torch::stable::contiguous(weight)) {
+      : weight_(as_contiguous(weight)) {
     const auto dimensions = static_cast<int64_t>(size.size());
     STD_TORCH_CHECK(weight.dim() >= 2 && (dimensions == 0 || dimensions == weight.dim() - 2) && stride.size() == size.size() &&
                         dilation.size() == size.size() && padding.size() == 2 * size.size(),
@@ -1022,7 +1044,7 @@ Tensor squared_taps_backward(const Tensor& weight, const Tensor& grad, const Int
   const SquaredWeight squares(weight, size, stride, padding, dilation);
   STD_TORCH_CHECK(sizes_of(grad) == squares.sizes_of_sums(), "chainzrule_kernels: grad has the wrong shape");
   const Tensor result = empty(sizes_of(weight), weight.scalar_type());
-  squares.differentiate(torch::stable::contiguous(in_type(grad, compute_type_of(weight))), nullptr, result, std::nullopt);
+  squares.differentiate(as_contiguous(in_type(grad, compute_type_of(weight))), nullptr, result, std::nullopt);
   return result;
 }
 
@@ -1061,7 +1083,7 @@ class ConvolutionWeights {
   Tensor values() const {
     const Tensor sums = by_kind_ ? empty({sizes_[0], sums_per_channel()}, type_) : empty(sizes_, type_);
     squares_.sum(factor_.data(), sums);
-    return per_column() ? torch::stable::contiguous(layout_.in_order_of_memory(sums, 0)) : sums;
+    return per_column() ? as_contiguous(layout_.in_order_of_memory(sums, 0)) : sums;
   }
   RowSq row_sq(const OptionalTensor& values) const {
     return {values ? values->const_data_ptr() : nullptr, !per_column(), by_kind_ ? &rows_ : nullptr};
@@ -1110,7 +1132,7 @@ std::tuple<Tensor, Tensor, Tensor> convolved_backward(const Tensor& z, const Map
             needs_factor ? torch::stable::new_zeros(*factor, sizes_of(*factor)) : nothing(z)};
   }
   const Tensor grad = sums_per_column
-                          ? torch::stable::contiguous(layout.in_order_of_schema(column_sums->added_up(compute_type_of(z)), 0))
+                          ? as_contiguous(layout.in_order_of_schema(column_sums->added_up(compute_type_of(z)), 0))
                           : sums.row_sq_gradient({z.size(1) * weights.sums_per_channel()}, compute_type_of(z));
   OptionalTensor grad_weight, grad_factor;
   if (needs_weight) grad_weight = empty(sizes_of(weight), weight.scalar_type());

@@ -2,9 +2,10 @@
 
 #include <cuda_runtime_api.h>
 #include <cutlass/version.h>
-#include <pybind11/pybind11.h>
 
 #include <string>
+
+#include "python_module.h"
 
 namespace py = pybind11;
 
@@ -19,8 +20,7 @@ py::dict built_for() {
   result["architectures"] = CHAINZRULE_KERNELS_CUDA_ARCHITECTURES;
   result["cuda"] = version_of(CUDART_VERSION, 1000);
   result["cutlass"] = std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) + "." + std::to_string(CUTLASS_PATCH);
-  const unsigned long long target = TORCH_TARGET_VERSION;
-  result["torch_abi"] = std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xFF) + " and newer";
+  result["torch_abi"] = chainzrule::torch_abi();
   return result;
 }
 

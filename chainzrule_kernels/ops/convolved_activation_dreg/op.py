@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from chainzrule_kernels import _distributed, backends
+from chainzrule_kernels import backends
 from chainzrule_kernels._registration import Operator, as_it_is
-from chainzrule_kernels._remembered import remembered
 from chainzrule_kernels.functions import SAME_DERIVATIVES_AT_VALUE
 from chainzrule_kernels.ops._convolution import Numbers as WholeNumbers
 from chainzrule_kernels.ops._convolution import Padding, geometry
@@ -60,17 +60,17 @@ class ConvolutionInFront(NamedTuple):
 
 
 def convolution_in_front(
-    weight: Tensor, x: Tensor, stride: WholeNumbers, padding: Padding, dilation: WholeNumbers
+    weight: Tensor, x: Tensor, stride: WholeNumbers, padding: Padding, dilation: WholeNumbers, weight_stays: bool
 ) -> Tensor | ConvolutionInFront:
     """The squares of the weight of a convolution of ``x``, or its weight where one operator can do the rest.
 
-    Where processes share the work, a weight may be gone by the time that the activation runs (FSDP).
+    The weight must then still be there when the activation runs: ``weight_stays``.
     """
     window = weight.shape[2:]
     at_once = (
-        in_plain_pytorch(weight)
+        not weight_stays
+        or in_plain_pytorch(weight)
         or not (weight.is_cpu and x.is_cpu)
-        or _distributed.may_shard()
         or backends.choose("activation_spatial_dreg", x) != "cpu"
     )
     if at_once:
@@ -79,14 +79,15 @@ def convolution_in_front(
     return ConvolutionInFront(in_dtype_of_op(weight, x), windows)
 
 
-@remembered
+# remembered() would look at every number first, in Python; nothing but the attributes of a convolution comes here.
+@lru_cache(maxsize=1024)
 def _windows(
     size: Sequence[int], window: Sequence[int], stride: WholeNumbers, padding: Padding, dilation: WholeNumbers
 ) -> Numbers:
     return numbers(size, geometry(window, stride, padding, dilation))
 
 
-# ---- the forward: (z, weight, factor, size, stride, padding, dilation, kind) -------------------------------------------
+# ---- the forward: (z, weight, factor, size, stride, padding, dilation, kind) ----------------------------------------
 
 _WEIGHTS = "Tensor weight, Tensor? factor"
 _WHERE = "int[] size, int[] stride, int[] padding, int[] dilation, str kind"
@@ -127,19 +128,19 @@ def _tap_sq_dot(
     return plus(of_weight, None if factor_dot is None else weighted(sums, factor_dot))
 
 
-# ---- the backward: (z, weight, factor, grad_y, grad_jac_sq, *windows, kind, needs_z, needs_weight, needs_factor) -------
+# ---- the backward: (z, weight, factor, grad_y, grad_jac_sq, *windows, kind, needs_z, needs_weight, needs_factor) -----
 #
 # In words of the operators that it stands for:
 #   dz, dtap_sq = maps.backward(z, tap_sq, grad_y, grad_jac_sq)      tap_sq = r g
 #   dweight = squares.backward(weight, r dtap_sq)                    dfactor_c = Σ_{h,w} g dtap_sq
 
 
-def _split(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], Sequence[Any], str, tuple[bool, ...]]:
+def _split(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], str, tuple[bool, ...]]:
     """The forward's tensors, the gradients that arrived, the windows, the activation, and which results are wanted."""
-    return inputs[:3], inputs[3:5], inputs[5:9], inputs[9], tuple(inputs[10:])
+    return inputs[:3], inputs[3:5], inputs[5:9], inputs[9], inputs[10:]
 
 
-def _as_wanted(inputs: Sequence[Any], *results: Tensor | None) -> tuple[Tensor, ...]:
+def _as_wanted(inputs: tuple[Any, ...], *results: Tensor | None) -> tuple[Tensor, ...]:
     """Each result in its parameter's dtype and layout; empty if it is not wanted."""
     parameters, _, _, _, needs = _split(inputs)
     z = parameters[0]

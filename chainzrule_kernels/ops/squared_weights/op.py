@@ -54,6 +54,8 @@ def in_plain_pytorch(weight: Tensor) -> bool:
 
 def in_dtype_of_op(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in a dtype of which the sums have the one in which an op on ``x`` computes."""
+    if weight.dtype == x.dtype:
+        return weight
     dtype = compute_dtype(x)
     return weight if compute_dtype(weight) == dtype else in_dtype(weight, dtype)
 
