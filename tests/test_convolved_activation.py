@@ -536,7 +536,8 @@ def _step(model: nn.Module, reg: ck.DREG, x: Tensor) -> list[Tensor]:
 def _compose(monkeypatch: pytest.MonkeyPatch) -> None:
     """The squares of the weight by an operator of their own."""
 
-    def squares_alone(weight: Tensor, x: Tensor, *where: Any) -> Tensor:
+    def squares_alone(weight: Tensor, x: Tensor, *where: Any, weight_stays: bool) -> Tensor:
+        assert weight_stays
         return op.squared_taps(weight, x, geometry(weight.shape[2:], *where))
 
     monkeypatch.setattr(interception, "convolution_in_front", squares_alone)
