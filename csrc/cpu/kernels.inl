@@ -1075,7 +1075,9 @@ inline void dreg_forward(const DregForward& a, const Tile& tile, int64_t split) 
 inline void dreg_backward(const DregBackward& a, const Tile& tile, const GradientSums& sums) {
   with_storage(a.type, [&](auto* s) {
     using S = std::remove_pointer_t<decltype(s)>;
-    a.row_sq.rows && a.grad_norm ? dreg_backward_rows<S>(a, tile, sums) : dreg_backward_tile<S>(a, tile, sums);
+    // The norms of an empty batch are nowhere, and sums may be wanted all the same.
+    const bool of_rows = a.row_sq.rows && (a.grad_norm || sums.row_sq);
+    of_rows ? dreg_backward_rows<S>(a, tile, sums) : dreg_backward_tile<S>(a, tile, sums);
   });
 }
 // Whether rows of that width are taken at once.
