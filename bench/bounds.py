@@ -176,7 +176,7 @@ BOUNDS: tuple[Bound, ...] = (
     *_training_steps("transformer block", "runs differ by as much"),
     *_training_steps(
         "convolutional",
-        "a gradient for every element of the squared taps beside the relu's, and four calls from Python for each layer",
+        "two calls from Python for each layer, on caches that the convolutions have emptied",
     ),
     Bound(
         "polynomial_conv2d forward: time over F.conv2d alone, the worst layer",
