@@ -22,6 +22,9 @@ STRENGTH = 10**-2.5
 # Gradients come through several layers here, so that rounding has more room to grow than in one op.
 TOLERANCE = 1e-3
 
+# 64 images in the place of 16: what DREG adds for each layer, whatever its size, then counts for less.
+MORE_IMAGES = Size("64 images", 8192, 1024)
+
 DEPTHS = (1, 2, 4, 8)
 DEPTH_SIZE = Size("depth sweep", 512, 256)
 BATCHES = tuple(Size("batch sweep", rows, 256, sweep="batch") for rows in (256, 512, 1024, 2048))
@@ -122,6 +125,13 @@ def test_training_step(compare: Callable[..., None], main_size: Size, network: s
     example, penalties = example_and_penalties(network, main_size)
     comparison = measure.Comparison("training step", label_of(network, main_size), "both", model=network)
     compare(comparison, providers_of(example, penalties))
+
+
+def test_convolutional_step_of_more_images(compare: Callable[..., None], shrunk: Callable[[Size], Size]) -> None:
+    size = shrunk(MORE_IMAGES)
+    example, penalties = example_and_penalties("convolutional", size)
+    comparison = measure.Comparison("training step", label_of("convolutional", size), "both", model="convolutional")
+    compare(comparison, providers_of(example, only_dreg(penalties)))
 
 
 def only_dreg(penalties: dict[str, Penalty | None]) -> dict[str, Penalty | None]:
