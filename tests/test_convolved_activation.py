@@ -602,6 +602,29 @@ def test_dreg_of_functional_calls(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_same(*_both_ways(name, patched, run))
 
 
+def test_dreg_where_the_maps_go_over_to_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(model: nn.Module, reg: ck.DREG, x: Tensor) -> list[Tensor]:
+        model.float()
+        y = model(x.float())
+        penalty = reg.penalty()
+        assert penalty.dtype == torch.float64
+        return [y, penalty, *torch.autograd.grad(y.square().mean() + penalty, list(model.parameters()))]
+
+    monkeypatch.setitem(MODELS, "double", (lambda: Calling(lambda z: F.silu(z.double())), False))
+    assert_same(*_both_ways("double", monkeypatch, run))
+
+
+def test_dreg_of_convolutions_with_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        convolution = nn.Conv2d(3, 4, 3)
+        # As code that changes a model's strides leaves them; the constructor makes tuples.
+        convolution.stride, convolution.padding, convolution.dilation = [2, 1], [1, 2], [1, 1]
+        return nn.Sequential(convolution, nn.Tanh())
+
+    monkeypatch.setitem(MODELS, "lists", (build, True))
+    assert_same(*_both_ways("lists", monkeypatch, _step))
+
+
 @pytest.mark.parametrize("name", ["relu", "batch norm", "functions"])
 def test_dreg_of_compiled_models_takes_what_the_compiler_can_fuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
