@@ -31,7 +31,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import chainzrule_kernels as ck
-from chainzrule_kernels import _native
+from chainzrule_kernels import _distributed, _native
 from chainzrule_kernels.dreg import interception
 from chainzrule_kernels.functions import ACTIVATION_KINDS
 from chainzrule_kernels.ops._convolution import geometry
@@ -640,6 +640,29 @@ def test_dreg_of_compiled_models_takes_what_the_compiler_can_fuse(name: str, mon
         for way in ("overload", "apply_eagerly"):
             monkeypatch.setattr(op.operators.forward, way, None)
     assert_same(*results)
+
+
+class LeftOut(Calling):
+    """A convolution and its activation, which the compiler leaves out of its graphs."""
+
+    @torch._dynamo.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_dreg_keeps_no_weight_that_another_process_may_take_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    # FSDP2 frees a layer's weight behind its forward.
+    monkeypatch.setattr(_distributed, "may_shard", lambda: True)
+    for way in ("overload", "apply_eagerly"):
+        monkeypatch.setattr(op.operators.forward, way, None)  # a call would raise
+    x = torch.randn(2, 3, 5, 6)
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
+        torch._dynamo.reset()
+        model = nn.Sequential(LeftOut(F.silu), nn.Flatten())
+        reg = ck.DREG(model, STRENGTH)
+        wrap(model)(x)
+        reg.penalty().backward()
+        assert model[0].conv.weight.grad is not None
 
 
 def test_dreg_reports_and_monitors(monkeypatch: pytest.MonkeyPatch) -> None:
