@@ -31,7 +31,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import chainzrule_kernels as ck
-from chainzrule_kernels import _native
+from chainzrule_kernels import _distributed, _native
 from chainzrule_kernels.dreg import interception
 from chainzrule_kernels.functions import ACTIVATION_KINDS
 from chainzrule_kernels.ops._convolution import geometry
@@ -602,6 +602,29 @@ def test_dreg_of_functional_calls(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_same(*_both_ways(name, patched, run))
 
 
+def test_dreg_where_the_maps_go_over_to_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(model: nn.Module, reg: ck.DREG, x: Tensor) -> list[Tensor]:
+        model.float()
+        y = model(x.float())
+        penalty = reg.penalty()
+        assert penalty.dtype == torch.float64
+        return [y, penalty, *torch.autograd.grad(y.square().mean() + penalty, list(model.parameters()))]
+
+    monkeypatch.setitem(MODELS, "double", (lambda: Calling(lambda z: F.silu(z.double())), False))
+    assert_same(*_both_ways("double", monkeypatch, run))
+
+
+def test_dreg_of_convolutions_with_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        convolution = nn.Conv2d(3, 4, 3)
+        # As code that changes a model's strides leaves them; the constructor makes tuples.
+        convolution.stride, convolution.padding, convolution.dilation = [2, 1], [1, 2], [1, 1]
+        return nn.Sequential(convolution, nn.Tanh())
+
+    monkeypatch.setitem(MODELS, "lists", (build, True))
+    assert_same(*_both_ways("lists", monkeypatch, _step))
+
+
 @pytest.mark.parametrize("name", ["relu", "batch norm", "functions"])
 def test_dreg_of_compiled_models_takes_what_the_compiler_can_fuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
@@ -617,6 +640,29 @@ def test_dreg_of_compiled_models_takes_what_the_compiler_can_fuse(name: str, mon
         for way in ("overload", "apply_eagerly"):
             monkeypatch.setattr(op.operators.forward, way, None)
     assert_same(*results)
+
+
+class LeftOut(Calling):
+    """A convolution and its activation, which the compiler leaves out of its graphs."""
+
+    @torch._dynamo.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_dreg_keeps_no_weight_that_another_process_may_take_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    # FSDP2 frees a layer's weight behind its forward.
+    monkeypatch.setattr(_distributed, "may_shard", lambda: True)
+    for way in ("overload", "apply_eagerly"):
+        monkeypatch.setattr(op.operators.forward, way, None)  # a call would raise
+    x = torch.randn(2, 3, 5, 6)
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
+        torch._dynamo.reset()
+        model = nn.Sequential(LeftOut(F.silu), nn.Flatten())
+        reg = ck.DREG(model, STRENGTH)
+        wrap(model)(x)
+        reg.penalty().backward()
+        assert model[0].conv.weight.grad is not None
 
 
 def test_dreg_reports_and_monitors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,8 @@ class ForwardPass:
         """
         if torch.compiler.is_compiling():
             self.latest = None
+            # What the compiler leaves out of its graphs, such as the hooks of FSDP2, runs as ever.
+            self.shares_work = _distributed.may_shard()
         else:
             with _beginning:
                 self.refuse_other_threads()

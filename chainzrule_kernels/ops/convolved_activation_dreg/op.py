@@ -11,12 +11,13 @@ from torch import Tensor
 
 from chainzrule_kernels import backends
 from chainzrule_kernels._registration import Operator, as_it_is
-from chainzrule_kernels.functions import SAME_DERIVATIVES_AT_VALUE
+from chainzrule_kernels.functions import SAME_DERIVATIVES_AT_VALUE, compute_dtype
 from chainzrule_kernels.ops._convolution import Numbers as WholeNumbers
 from chainzrule_kernels.ops._convolution import Padding, geometry
 from chainzrule_kernels.ops._feature_maps import like_the_input
 from chainzrule_kernels.ops._operator_pairs import OperatorPair, spatial_dreg_fake
 from chainzrule_kernels.ops._terms import cast, plus
+from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
 from chainzrule_kernels.ops.activation_spatial_dreg.op import operators as maps
 from chainzrule_kernels.ops.convolved_activation_dreg import definition
 from chainzrule_kernels.ops.convolved_activation_dreg.definition import over_positions, weighted
@@ -55,6 +56,9 @@ class ConvolutionInFront(NamedTuple):
 
         One call in the place of two, and of two in the backward pass.
         """
+        if z.dtype != self.weight.dtype and compute_dtype(z) != self.dtype:
+            # The maps have gone over to another dtype since.
+            return activation_spatial_dreg(z, kind, self.tap_sq())
         y, jac_sq = operators.forward(z, self.weight, self.factor, *self.windows, kind)
         return y, jac_sq
 
@@ -75,7 +79,11 @@ def convolution_in_front(
     )
     if at_once:
         return squared_taps(weight, x, geometry(window, stride, padding, dilation))
-    windows = _windows(x.shape[-len(window) :], window, stride, padding, dilation)
+    size = x.shape[-len(window) :]
+    try:
+        windows = _windows(size, window, stride, padding, dilation)
+    except TypeError:  # lists, or the symbols of a trace, which no cache takes
+        windows = _windows.__wrapped__(size, window, stride, padding, dilation)
     return ConvolutionInFront(in_dtype_of_op(weight, x), windows)
 
 
