@@ -278,6 +278,7 @@ _DRAWING_FUNCTIONS = tuple(
     )
     for name in names
 )
+_drawing_functions_are_replaced = threading.RLock()
 
 
 class _GuessingProxy(fx.Proxy):
@@ -360,14 +361,16 @@ class _LocalTracer(fx.Tracer):
 
             return draw
 
-        originals = [(module, name, getattr(module, name)) for module, name in _DRAWING_FUNCTIONS]
-        try:
-            for module, name, function in originals:
-                setattr(module, name, value_of(function))
-            yield
-        finally:
-            for module, name, function in originals:
-                setattr(module, name, function)
+        # One trace at a time: another would take these for the originals.
+        with _drawing_functions_are_replaced:
+            originals = [(module, name, getattr(module, name)) for module, name in _DRAWING_FUNCTIONS]
+            try:
+                for module, name, function in originals:
+                    setattr(module, name, value_of(function))
+                yield
+            finally:
+                for module, name, function in originals:
+                    setattr(module, name, function)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A leaf, or what a module computes that the forward has made for this call, as in ``nn.ReLU()(x)``."""
