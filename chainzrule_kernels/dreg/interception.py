@@ -45,8 +45,10 @@ from chainzrule_kernels.nn.jacobian_record import (
     fixed_activation,
     set_source,
     source_of,
+    summed,
     with_versions,
 )
+from chainzrule_kernels.ops.convolved_activation_dreg.definition import weighted
 from chainzrule_kernels.ops.convolved_activation_dreg.op import ConvolutionInFront, convolution_in_front
 from chainzrule_kernels.ops.squared_weights.op import squared_row_norms
 
@@ -357,7 +359,7 @@ def _parts(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     is_of_units = dimension % x.dim() == x.dim() - 1 - (source.spatial or 0)
     if not is_of_units and source.spatial is not None:
         return parts
-    rows = source.summed_row_sq if is_of_units else None
+    rows = summed(source.row_sq) if is_of_units else None
     if isinstance(parts, Tensor):
         set_source(parts, source.linear, source.row_sq if rows is None else rows[args[1][-1]], source.spatial)
         return parts
@@ -402,15 +404,10 @@ def _batch_norm(
     scale = inverse_sigma.detach().to(source.row_sq.dtype)
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
-    set_source(y, source.linear, _times(source.row_sq, scale.square()), source.spatial)
+    row_sq, factor = source.row_sq, scale.square()
+    scaled = row_sq.times(factor) if isinstance(row_sq, ConvolutionInFront) else weighted(row_sq, factor)
+    set_source(y, source.linear, scaled, source.spatial)
     return y
-
-
-def _times(row_sq: Tensor | ConvolutionInFront, factor: Tensor) -> RowSq:
-    """With the squared row norms of each channel multiplied by one of the numbers ``(C,)``."""
-    if isinstance(row_sq, ConvolutionInFront):
-        return row_sq.times(factor)
-    return row_sq * factor.view(-1, *(1,) * (row_sq.dim() - 1))
 
 
 def _check_channels(input: Tensor, source: Source) -> None:

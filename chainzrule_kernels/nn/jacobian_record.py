@@ -235,11 +235,6 @@ class Source(NamedTuple):
     spatial: int | None
     version: int
 
-    @property
-    def summed_row_sq(self) -> Tensor | None:
-        """The squared row norms themselves."""
-        return summed(self.row_sq)
-
 
 def summed(row_sq: RowSq) -> Tensor | None:
     """The squared row norms themselves, where a convolution stands for them."""

@@ -758,11 +758,10 @@ void check_gradients_of_maps(const Tensor& z, const OptionalTensor& grad_y, cons
   check_count("grad_jac_sq", grad_norm, z.size(0));
 }
 
-// Returns the gradient of z where it is wanted, and leaves the sums of each tile where sums_of(slab, split) says.
-template <class SumsOf>
+// Returns the gradient of z where it is wanted, and fills the sums.
 Tensor run_spatial_backward(const Tensor& z, const MapLayout& layout, const RowSq& row_sq, const Function& function,
                             const OptionalTensor& grad_y, const OptionalTensor& grad_norm, bool needs_z,
-                            const BackwardPlan& plan, const SumsOf& sums_of) {
+                            const BackwardPlan& plan, const PartialSums& sums, const std::optional<ColumnSums>& column_sums) {
   const Tensor z_in_memory = layout.in_order_of_memory(z);
   const Images z_images(z_in_memory);
   const Images grad_y_images = Images::of(grad_y, layout);
@@ -778,7 +777,11 @@ Tensor run_spatial_backward(const Tensor& z, const MapLayout& layout, const RowS
   a.row_sq = row_sq;
   if (needs_z) a.grad_z = image_matrix(grad_z, a.order);
   const KernelTable& table = kernels();
-  plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) { table.dreg_backward(a, tile, sums_of(slab, split)); });
+  plan.execute(1, [&](const Tile& tile, int64_t slab, int64_t split) {
+    GradientSums wanted = sums.of(slab, split);
+    if (column_sums) wanted.row_sq_columns = column_sums->of(slab);
+    table.dreg_backward(a, tile, wanted);
+  });
   return needs_z ? layout.in_order_of_schema(grad_z) : grad_z;
 }
 
@@ -803,11 +806,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& z, const Optio
   std::optional<ColumnSums> column_sums;
   if (sums_per_column) column_sums.emplace(plan, sizes_of(layout.in_order_of_memory(*tap_sq, 0)), compute_type_of(z));
   const Tensor grad_z = run_spatial_backward(z, layout, weights.row_sq(), function, grad_y, grad_norm, needs.z, plan,
-                                             [&](int64_t slab, int64_t split) {
-                                               GradientSums wanted = sums.of(slab, split);
-                                               if (column_sums) wanted.row_sq_columns = column_sums->of(slab);
-                                               return wanted;
-                                             });
+                                             sums, column_sums);
   Tensor grad_tap_sq = nothing(z);
   if (sums_per_channel) grad_tap_sq = sums.row_sq_gradient(*tap_sq, z);
   if (sums_per_column) {
@@ -1122,14 +1121,11 @@ std::tuple<Tensor, Tensor, Tensor> convolved_backward(const Tensor& z, const Map
   std::optional<ColumnSums> column_sums;
   if (sums_per_column) column_sums.emplace(plan, weights.sizes_in_memory(), compute_type_of(z));
   const Tensor grad_z = run_spatial_backward(z, layout, row_sq, function, grad_y, grad_norm, needs_z, plan,
-                                             [&](int64_t slab, int64_t split) {
-                                               GradientSums wanted = sums.of(slab, split);
-                                               if (column_sums) wanted.row_sq_columns = column_sums->of(slab);
-                                               return wanted;
-                                             });
+                                             sums, column_sums);
   if (!wants_sums) {
-    return {grad_z, needs_weight ? torch::stable::new_zeros(weight, sizes_of(weight)) : nothing(z),
-            needs_factor ? torch::stable::new_zeros(*factor, sizes_of(*factor)) : nothing(z)};
+    const auto [no_grad_z, no_grad_weight, no_grad_factor] =
+        zero_gradients(z, weight, factor, {false, needs_weight, needs_factor});
+    return {grad_z, no_grad_weight, no_grad_factor};
   }
   const Tensor grad = sums_per_column
                           ? as_contiguous(layout.in_order_of_schema(column_sums->added_up(compute_type_of(z)), 0))
@@ -1227,10 +1223,9 @@ Three convolved_activation_dreg_backward(const Tensor& z, const Tensor& weight, 
   const MapLayout layout(z);
   const ConvolutionWeights weights(z, layout, factor, SquaredWeight(weight, size, stride, padding, dilation));
   if (!grad_y && !grad_jac_sq) {
-    const Tensor like = layout.in_order_of_memory(z);
-    return {needs_z ? layout.in_order_of_schema(torch::stable::new_zeros(like, sizes_of(like))) : nothing(z),
-            needs_weight ? torch::stable::new_zeros(weight, sizes_of(weight)) : nothing(z),
-            needs_factor ? torch::stable::new_zeros(*factor, sizes_of(*factor)) : nothing(z)};
+    const auto [grad_z, grad_weight, grad_factor] =
+        zero_gradients(layout.in_order_of_memory(z), weight, factor, {needs_z, needs_weight, needs_factor});
+    return {needs_z ? layout.in_order_of_schema(grad_z) : grad_z, grad_weight, grad_factor};
   }
   return convolved_backward(z, layout, weights, weight, factor, Function(kind), grad_y, grad_jac_sq, needs_z, needs_weight,
                             needs_factor);

@@ -38,8 +38,3 @@ def convolved_activation_dreg(
 def weighted(sums: Tensor, factor: Tensor | None) -> Tensor:
     """``r_c g_{c,h,w}``, in the dtype of ``g (K, *out)`` or ``(K,)``."""
     return sums if factor is None else sums * factor.to(sums.dtype).view(-1, *(1,) * (sums.dim() - 1))
-
-
-def over_positions(values: Tensor) -> Tensor:
-    """``(K, *out) -> (K,)``: the sum for each channel."""
-    return values.flatten(1).sum(1) if values.dim() > 1 else values

@@ -12,6 +12,7 @@ from torch import Tensor
 from chainzrule_kernels import backends
 from chainzrule_kernels._registration import Operator, as_it_is
 from chainzrule_kernels.functions import SAME_DERIVATIVES_AT_VALUE, compute_dtype
+from chainzrule_kernels.functions.sums import sum_over_trailing
 from chainzrule_kernels.ops._convolution import Numbers as WholeNumbers
 from chainzrule_kernels.ops._convolution import Padding, geometry
 from chainzrule_kernels.ops._feature_maps import like_the_input
@@ -20,7 +21,7 @@ from chainzrule_kernels.ops._terms import cast, plus
 from chainzrule_kernels.ops.activation_spatial_dreg.op import activation_spatial_dreg
 from chainzrule_kernels.ops.activation_spatial_dreg.op import operators as maps
 from chainzrule_kernels.ops.convolved_activation_dreg import definition
-from chainzrule_kernels.ops.convolved_activation_dreg.definition import over_positions, weighted
+from chainzrule_kernels.ops.convolved_activation_dreg.definition import weighted
 from chainzrule_kernels.ops.squared_weights.op import Numbers, in_dtype_of_op, in_plain_pytorch, numbers, squared_taps
 from chainzrule_kernels.ops.squared_weights.op import operators as squares
 
@@ -167,7 +168,7 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
     sums = squares.forward.definition(weight, *windows)
     dz, dtap_sq = maps.backward.definition(z, weighted(sums, factor), *grads, kind, True, True)
     dweight = squares.backward.definition(weight, weighted(dtap_sq, factor), *windows)
-    return _as_wanted(inputs, dz, dweight, None if factor is None else over_positions(dtap_sq * sums))
+    return _as_wanted(inputs, dz, dweight, None if factor is None else sum_over_trailing(dtap_sq * sums))
 
 
 def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -201,7 +202,7 @@ def _backward_vjp(
         assert of_scaled is not None
         weight_terms.append(of_weight_again)
         dtap_sq_terms.append(weighted(of_scaled, factor))
-        factor_terms.append(over_positions(of_scaled * dtap_sq))
+        factor_terms.append(sum_over_trailing(of_scaled * dtap_sq))
     if of_factor is not None:
         sums_terms.append(weighted(dtap_sq, of_factor))
         dtap_sq_terms.append(weighted(sums, of_factor))
@@ -210,7 +211,7 @@ def _backward_vjp(
     z_again, of_tap_sq, of_grad_y, of_grad_jac_sq = results
     if of_tap_sq is not None:
         sums_terms.append(weighted(of_tap_sq, factor))
-        factor_terms.append(over_positions(of_tap_sq * sums))
+        factor_terms.append(sum_over_trailing(of_tap_sq * sums))
     of_sums = plus(*sums_terms)
     if of_sums is not None:
         weight_terms.extend(squares.forward.vjp((weight, *windows), (True,), (of_sums,)))
@@ -235,9 +236,11 @@ def _backward_jvp(inputs: tuple[Any, ...], tangents: Sequence[Tensor | None]) ->
     scaled_dot = plus(weighted(dtap_sq_dot, factor), None if factor_dot is None else weighted(dtap_sq, factor_dot))
     arguments_of_squares = (weight, weighted(dtap_sq, factor), *windows)
     (dweight_dot,) = squares.backward.jvp(arguments_of_squares, (weight_dot, scaled_dot))
-    dfactor_dot = over_positions(dtap_sq_dot * sums)
+    dfactor_dot = sum_over_trailing(dtap_sq_dot * sums)
     if weight_dot is not None:
-        dfactor_dot = dfactor_dot + over_positions(dtap_sq * squares.forward.jvp((weight, *windows), (weight_dot,))[0])
+        dfactor_dot = dfactor_dot + sum_over_trailing(
+            dtap_sq * squares.forward.jvp((weight, *windows), (weight_dot,))[0]
+        )
     return _as_wanted(inputs, dz_dot, dweight_dot, dfactor_dot)
 
 
